@@ -1,0 +1,1518 @@
+"""What every trainer here needs and no algorithm is about.
+
+The sections, in reading order: process group, config, stages and files, tokenizer, data, batches, models and optimiser,
+sampler, fused head loss, labelled samples, evaluation and leaderboard, metrics, the toy world.
+
+Terms: *policy*, the language model that is trained; *base policy*, what it starts from, and the reference of every KL;
+*sample*, a row (prompt, response, reward); *z*, a reward standardised over the labelled samples; *response mask*, the
+tokens that a loss is taken over.  Shapes: B sequences, T positions, N rows that predict a response token, D hidden
+width, V vocabulary.  A *prompt* is a string, or a list of chat messages for the tokenizer's chat template.
+"""
+from __future__ import annotations
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+import unicodedata
+import zlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------- process group
+# One process or torchrun's many: the same lines serve both.
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is the one sentence that says so."""
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def print0(*args, **kwargs) -> None:
+    """print, from rank 0 alone."""
+    if rank() == 0:
+        print(*args, **kwargs, flush=True)
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(*values: float) -> list[float]:
+    """The values, each summed over all ranks, in float64."""
+    if not dist.is_initialized():
+        return [float(v) for v in values]
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_rows(mine: list, total: int) -> list:
+    """Puts together rows that were dealt out as rows[rank::world_size], in their old order, on every rank."""
+    if not dist.is_initialized():
+        return mine
+    shares: list = [None] * world_size()
+    dist.all_gather_object(shares, mine)
+    return [shares[i % world_size()][i // world_size()] for i in range(total)]
+
+
+def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str = "it") -> tqdm:
+    """A tqdm bar on rank 0; where stderr is no terminal, a line every 15 seconds at most."""
+    return tqdm(rows, desc=what, total=total, unit=unit, disable=rank() != 0, leave=False, dynamic_ncols=True,
+                mininterval=0.3 if sys.stderr.isatty() else 15)
+
+
+def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> None:
+    """Parses the command line, runs main(cfg) in a process group, and turns what goes wrong into one line and a status.
+
+    Status 2: input that cannot be used, or a full disk.  130: Ctrl-C; finished stages stay for the next call.
+    """
+    script = Path(sys.argv[0]).name
+    try:
+        cfg = parse(Config, args)
+        if world_size() > 1:
+            if device().type == "cuda":
+                torch.cuda.set_device(device())
+            dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+        if not cfg.compile:
+            torch.compiler.set_stance("force_eager")
+        main(cfg)
+    except BadInput as problem:
+        print(f"{script}: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as problem:
+        if problem.filename is None and problem.errno is None:
+            raise  # no file is named: a fault of ours, and its traceback is wanted
+        print(f"{script}: {problem.filename or cfg.out}: {problem.strerror}; files that were there before are untouched",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print0(f"\n{script}: interrupted; finished stages are kept, the same command goes on from them", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch's generators, which initialise new weights; data and sampling carry generators of their own."""
+    torch.manual_seed(seed)
+
+
+# -------------------------------------------------------------------------------------------------------- config
+# One dataclass holds the shared flags; each script inherits it and adds its algorithm's own.
+
+
+class Help(str):
+    """A flag's help text, which carries what HfArgumentParser has no field for: `toy` and `of`, see knob()."""
+    toy: Any
+    of: str
+
+
+def knob(default: Any, help: str, toy: Any = None, of: str = "runtime") -> Any:
+    """A flag: its default, its default in the toy world where that differs, and which stages hang on it.
+
+    `of` is "data" (everything hangs on it), "samples", "training" (of the script's own model), "evaluation", or
+    "runtime" (no result hangs on it).
+    """
+    text = Help((help + ("" if toy is None else f" [toy world: {toy}]")).replace("%", "%%"))
+    text.toy, text.of = toy, of
+    kind = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(metadata={"help": text}, **kind)
+
+
+@dataclass
+class Config:
+    """The flags that every script shares."""
+    out: str = knob("runs/model", "the run's folder: stages are found there, or built", toy="runs/toy")
+    model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it and --preferences the toy world runs", of="data")
+    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected (README: your own data)", of="data")
+    max_pairs: Optional[int] = knob(None, "use at most so many preference pairs", of="data")
+    held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split", of="data")
+    max_prompt_tokens: int = knob(1024, "longer prompts are cut on the left", toy=64, of="data")
+    max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=72, of="data")
+    seed: int = knob(0, "of everything that is drawn", of="data")
+    prompts: Optional[str] = knob(None, ".jsonl(.gz) or folder with `prompt`: generate for these, not for --preferences", of="samples")
+    samples: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response, reward: train on these labelled samples", of="samples")
+    reward_model: Optional[str] = knob(None, "folder of a sequence-classification model: score with it, train none", of="samples")
+    sources: str = knob("dataset+generated", "which responses are labelled: dataset, generated or dataset+generated", of="samples")
+    samples_per_prompt: int = knob(1, "generated responses a prompt", toy=9, of="samples")
+    temperature: float = knob(1.0, "of all sampling; 0 is greedy", of="samples")
+    top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
+    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer", toy=512, of="evaluation")
+    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", of="training")
+    epochs: int = knob(1, "passes over the training examples", of="training")
+    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", of="training")
+    batch_size: int = knob(128, "sequences per optimiser step, all ranks together", toy=32, of="training")
+    micro_batch_tokens: int = knob(8192, "padded tokens that one forward may hold: the memory knob", toy=16384)
+    dtype: str = knob("auto", "bf16 (weights and optimiser stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
+    compile: bool = knob(True, "torch.compile the loss kernels")
+    gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
+    tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_response_tokens", "samples_per_prompt", "eval_prompts", "lr", "epochs",
+                     "batch_size", "micro_batch_tokens"):
+            require(getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("max_pairs", "steps"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
+        require(math.isfinite(self.lr), f"--lr must be a finite number, not {self.lr}")
+        require(0 < self.held_out < 1, f"--held_out is a share between 0 and 1, not {self.held_out}")
+        require(0 < self.top_p <= 1, f"--top_p is a probability above 0, not {self.top_p}")
+        require(0 <= self.temperature < math.inf, f"--temperature must be 0 or above, not {self.temperature}")
+        require(self.dtype in ("auto", "bf16", "fp32"), f"--dtype is auto, bf16 or fp32, not {self.dtype!r}")
+        require(self.sources in ("dataset", "generated", "dataset+generated"),
+                f"--sources is dataset, generated or dataset+generated, not {self.sources!r}")
+        require(self.toy or self.model, "--preferences goes with --model: name the base policy's folder or Hub id")
+        require(self.toy or self.preferences or self.samples or (self.prompts and self.reward_model),
+                "--model needs data: --preferences, or --samples, or --prompts with --reward_model")
+
+    @property
+    def toy(self) -> bool:
+        """Whether the embedded toy world is meant."""
+        return self.model is None and self.preferences is None
+
+
+def require(condition: bool, otherwise: str) -> None:
+    """Raises BadInput(otherwise) unless the condition holds."""
+    if not condition:
+        raise BadInput(otherwise)
+
+
+def parse(Config: type, args: Optional[list[str]] = None) -> Any:
+    """The command line as a Config; world-dependent defaults are filled in.  Raises BadInput on a wrong flag or value."""
+    from transformers import HfArgumentParser
+
+    def wrong_flag(message: str) -> None:
+        raise BadInput(message)
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=sys.modules[Config.__module__].__doc__)
+    parser.error = wrong_flag
+    args = sys.argv[1:] if args is None else args
+    if not any(a.split("=")[0] in ("--model", "--preferences") for a in args):
+        parser.set_defaults(**toy_defaults(Config))
+    cfg, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    require(not unknown, f"unknown flag {' '.join(unknown)}; --help lists them all")
+    return cfg
+
+
+def toy_defaults(Config: type) -> dict:
+    """The defaults that differ in the toy world."""
+    return {f.name: f.metadata["help"].toy for f in fields(Config) if f.metadata["help"].toy is not None}
+
+
+def other_config(Config: type, cfg: Any, trained: dict) -> Any:
+    """Another script's Config for the same run: cfg's shared flags, and `trained`'s or the default training flags."""
+    shared = {f.name: getattr(cfg, f.name) for f in fields(globals()["Config"]) if f.metadata["help"].of != "training"}
+    own = {f.name for f in fields(Config) if f.metadata["help"].of == "training"}
+    default = toy_defaults(Config) if cfg.toy else {}
+    return Config(**{**default, **shared, **{k: v for k, v in trained.items() if k in own}})
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """The dtype of matrix products: bf16 where asked for, or where the hardware multiplies it natively."""
+    if cfg.dtype == "auto":
+        native = torch.cuda.is_bf16_supported() if device().type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- stages and files
+# A run is a chain of stages.  Each leaves a record (run.json) of the settings it was built from; a stage whose record
+# matches is not built again.  Everything is written beside and renamed: a kill leaves the old or the new.
+
+
+def settings(cfg: Config, *kinds: str, **more: Any) -> dict:
+    """The flags of these kinds, and more, as a stage's record holds them; files stand as their fingerprints."""
+    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["help"].of in kinds}
+    for name in ("model", "preferences", "prompts", "samples", "reward_model"):
+        if flags.get(name):
+            flags[name] = f"{flags[name]} {file_fingerprint(flags[name])}".strip()
+    return {**flags, **more}
+
+
+def file_fingerprint(path: str) -> str:
+    """Of a file or folder: names, sizes and times of change, hashed; empty for what is not on disk (a Hub id)."""
+    if not os.path.exists(path):
+        return ""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]
+    return fingerprint([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+
+
+def fingerprint(what: Any) -> str:
+    """Twelve hex digits of a JSON-able value."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_record(path: Path) -> dict:
+    """A stage's record, {} where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
+    """Whether the stage was built with the wanted settings; says which it is, and what changed."""
+    put_back(record.parent)
+    built = read_record(record).get("settings")
+    changed = [k for k in wanted if built and built.get(k) != json.loads(json.dumps(wanted[k]))]
+    place = record.parent if record.name == "run.json" else record.with_suffix(".jsonl")
+    if not built:
+        print0(f"{stage}: {place}, to be built")
+    elif changed:
+        print0(f"{stage}: {place}, built again because of " + ", ".join(f"{k} ({built.get(k)} -> {wanted[k]})" for k in changed))
+    else:
+        print0(f"{stage}: {place}, from before")
+    return bool(built) and not changed
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a folder beside `path` to write into, and renames it to `path` when all is written."""
+    work, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    barrier()
+    yield work
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        work.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def put_back(path: Path) -> None:
+    """Restores a folder whose replacement was killed between its two renames."""
+    old = path.with_name(f".{path.name}.old")
+    if rank() == 0 and old.exists() and not path.exists():
+        old.rename(path)
+    barrier()
+
+
+def write_text(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines beside and renames, from rank 0 alone."""
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.new")
+        with open(beside, "w", encoding="utf-8") as f:
+            f.writelines(line + "\n" for line in lines)
+            f.flush()
+            os.fsync(f.fileno())
+        beside.replace(path)
+    barrier()
+
+
+def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
+    """Writes a stage's record: settings, cost and what else belongs to it."""
+    record = {"settings": wanted, "cost": asdict(cost), "torch": torch.__version__, "world_size": world_size(), **more}
+    write_text(path, [json.dumps(record, indent=1)])
+
+
+_flops = 0.0
+
+
+@dataclass
+class Cost:
+    """What a stage took: seconds of the wall, FLOPs of all ranks, the largest rank's peak memory."""
+    seconds: float = 0.0
+    flops: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.seconds + other.seconds, self.flops + other.flops, max(self.peak_memory_bytes, other.peak_memory_bytes))
+
+
+def count_flops(model: torch.nn.Module, tokens: int, head_rows: int, passes: int = 1) -> None:
+    """Adds a model call to the ledger: 2 FLOPs a weight and token forward, and twice that again backward (passes=3).
+
+    The embedding is a look-up and counts nothing; the head counts on the rows where it runs (Kaplan et al. 2020,
+    arXiv 2001.08361, section 2.1).  Attention's own products are left out, below a tenth at the lengths used here.
+    """
+    global _flops
+    body = model.base_model
+    if not hasattr(model, "_body_parameters"):
+        model._body_parameters = sum(p.numel() for p in body.parameters()) - body.get_input_embeddings().weight.numel()
+    head = model.get_output_embeddings()
+    _flops += 2 * passes * (model._body_parameters * tokens + (head.weight.numel() * head_rows if head is not None else 0))
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[Cost]:
+    """Yields a Cost that holds, when the block ends, what the block took."""
+    cost, flops, start = Cost(), _flops, time.perf_counter()
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield cost
+    cost.seconds, (cost.flops,) = time.perf_counter() - start, sum_over_ranks(_flops - flops)
+    cost.peak_memory_bytes = (torch.cuda.max_memory_allocated() if device().type == "cuda"
+                              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+# Prompt and response are encoded apart, so that the boundary between them is exact.  Special-token text inside data is
+# data: only a chat template's own tokens and EOS at a response's end are special.
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The same after each digit was set apart, as SmolLM2 does: there white space ends at a digit as at the text's end.
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍\U0001f469‍\U0001f467\U0001f3fd \r\n"
+         "x  7  y   \n 3.14e-10 ½²³ <|endoftext|><|im_start|>user <s></s>[INST] don't WE'LL I'd   trailing   ",
+         "    def f(x):\n        return x**2  # tabs\t\t!\n\n", "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___", " ", "\n", "é", "")
+
+
+def load_tokenizer(model: str) -> Any:
+    """A Hugging Face tokenizer.  Raises BadInput where there is none, or none with an EOS token."""
+    from transformers import AutoTokenizer
+    with hub_errors(model, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    require(tokenizer.eos_token_id is not None, f"{model}: its tokenizer has no EOS token, so no response could end")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, what: str) -> Iterator[None]:
+    """transformers' own errors on a folder or Hub id, as one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as problem:
+        why = str(problem).strip().split("\n")[0][:200]
+        raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load ({why})") from problem
+
+
+@functools.lru_cache(maxsize=8)
+def bulk_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """The fastest encoder of plain texts that gives the tokenizer's own ids: tiktoken's if it proves equal, else its own."""
+    def own(texts: list[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] if texts else []
+    try:
+        fast = _tiktoken_encoder(tokenizer)
+        return fast if fast(list(PROBE)) == own(list(PROBE)) else own
+    except (AttributeError, KeyError, ValueError, IndexError):
+        return own  # no byte-level BPE
+
+
+def _tiktoken_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """tiktoken's encoder from a byte-level BPE tokenizer's own merges.  Raises ValueError or KeyError for other kinds."""
+    import tiktoken
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
+    kinds = [s["type"] for s in steps]
+    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
+        pattern = GPT2_PATTERN
+    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+        pattern = DIGITS_PATTERN
+    elif kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not steps[1]["use_regex"]:
+        pattern = steps[0]["pattern"]["Regex"]
+    else:
+        raise ValueError(f"pre-tokenizer {kinds}")
+    if spec["normalizer"] not in (None, {"type": "NFC"}) or any(s.get("add_prefix_space") for s in steps):
+        raise ValueError("normalizer")
+    to_byte = {char: byte for byte, char in _byte_characters().items()}
+    tokens = [bytes([b]) for b in range(256)]
+    for merge in spec["model"]["merges"]:
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        tokens.append(bytes(to_byte[c] for c in left + right))
+    ranks = {}
+    for token in tokens:  # tiktoken merges by rank, which must be the order of the merges, whatever the tokens' ids
+        ranks.setdefault(token, len(ranks))
+    vocabulary = spec["model"]["vocab"]
+    byte_character = _byte_characters()
+    ids = [vocabulary["".join(byte_character[b] for b in token)] for token in ranks]
+    encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
+    return lambda texts: [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts], num_threads=2)]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable character for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
+
+
+def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int, suffixes: Optional[list[str]] = None) -> list[list[int]]:
+    """Prompts as token ids, BOS first where the tokenizer has one, cut on the left to `max_tokens`, then the suffixes.
+
+    A string is encoded as plain text, chat messages through the chat template up to the reply.  Says how many were cut.
+    """
+    encode = bulk_encoder(tokenizer)
+    texts = iter(encode([p for p in prompts if isinstance(p, str)]))
+    ids = [next(texts) if isinstance(p, str) else encode_chat(tokenizer, p) for p in prompts]
+    bos = [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
+    cut = sum(len(row) > max_tokens for row in ids)
+    if cut:
+        print0(f"  {cut} of {len(ids)} prompts are longer than {max_tokens} tokens and were cut on the left")
+    starts = [bos if isinstance(p, str) else [] for p in prompts]
+    tails = encode(suffixes) if suffixes else [[]] * len(ids)
+    return [start + row[-max_tokens:] + tail for start, row, tail in zip(starts, ids, tails)]
+
+
+def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
+    """Messages through the chat template, up to where the reply begins; special-token text in a message stays text."""
+    require(tokenizer.chat_template is not None, "the data are chat messages, but the tokenizer has no chat template")
+    special = [m for m in messages if any(s in m["content"] for s in tokenizer.all_special_tokens)]
+    if not special:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    pieces = re.split("\ue000(\\d+)\ue001", tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
+    encode = bulk_encoder(tokenizer)
+    return [t for i, piece in enumerate(pieces) for t in
+            (encode([messages[int(piece)]["content"]])[0] if i % 2 else tokenizer(piece, add_special_tokens=False)["input_ids"])]
+
+
+def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int, truncated: Optional[list[bool]] = None) -> list[list[int]]:
+    """Responses as token ids, each ended by EOS unless it is longer than `max_tokens` or marked as broken off."""
+    broken = truncated or [False] * len(responses)
+    return [(ids if cut else [*ids, tokenizer.eos_token_id])[:max_tokens]
+            for ids, cut in zip(bulk_encoder(tokenizer)(responses), broken)]
+
+
+def encode_samples(tokenizer: Any, samples: list[Sample], cfg: Config) -> list[list[int]]:
+    """Samples' responses as token ids."""
+    return encode_responses(tokenizer, [s.response for s in samples], cfg.max_response_tokens, [s.truncated for s in samples])
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+# Preference pairs in three shapes: full transcripts (Anthropic's HH), prompt/chosen/rejected strings, chat messages.
+
+TURN = "\n\nAssistant:"
+
+
+class Pair(NamedTuple):
+    """A prompt, the response that people preferred, and the other."""
+    prompt: Any
+    chosen: str
+    rejected: str
+
+
+def read_rows(path: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a .jsonl or .jsonl.gz, each with its place ("file, line 7").  Raises BadInput at the first bad one."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    require(isinstance(row, dict), f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                    yield f"{path}, line {number}", row
+    except UnicodeDecodeError as problem:
+        raise BadInput(f"{path}, line {number}: not UTF-8 ({problem.reason})") from problem
+    except (ValueError, RecursionError) as problem:
+        raise BadInput(f"{path}, line {number}: not JSON ({problem})") from problem
+    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        raise BadInput(f"{path}, after line {number}: the gzip file is broken ({problem})") from problem
+    except FileNotFoundError as problem:
+        raise BadInput(f"{path}: no such file") from problem
+
+
+def data_files(source: str) -> list[str]:
+    """The data files of a file, a folder or a Hub data set id (`owner/name`, or `owner/name/folder` for a part of it)."""
+    if not os.path.exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source) and ".jsonl" not in source:
+        from huggingface_hub import snapshot_download
+        owner, name, *part = source.split("/")
+        with hub_errors(source, "a data set"):
+            root = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=["*.jsonl", "*.jsonl.gz", "*.json.gz"])
+        source = os.path.join(root, *part)
+    if os.path.isdir(source):
+        found = sorted(str(p) for p in Path(source).rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")))
+        require(bool(found), f"{source}: no .jsonl or .jsonl.gz file in this folder")
+        return found
+    require(os.path.exists(source), f"{source}: no such file, folder or Hub data set")
+    return [source]
+
+
+def field_of(place: str, row: dict, name: str, kinds: tuple = (str,), expected: str = "text") -> Any:
+    """row[name], of one of these kinds.  Raises BadInput naming file, line and field."""
+    require(name in row, f"{place}: the field {name!r} is missing")
+    require(isinstance(row[name], kinds) and not isinstance(row[name], bool),
+            f"{place}: the field {name!r} must be {expected}, found {type(row[name]).__name__}")
+    return row[name]
+
+
+def split_response(place: str, name: str, text: Any) -> tuple[Any, str]:
+    """A whole conversation as (prompt, last response): a transcript is split at its last Assistant turn."""
+    if isinstance(text, str):
+        prompt, turn, response = text.rpartition(TURN)
+        require(bool(turn), f"{place}: the field {name!r} has no {TURN!r}; without a `prompt` it must be a full transcript")
+        return prompt + turn, response
+    check_messages(place, name, text)
+    require(text[-1]["role"] == "assistant", f"{place}: the last message of {name!r} must be the assistant's")
+    return text[:-1], text[-1]["content"]
+
+
+def check_messages(place: str, name: str, messages: Any) -> None:
+    """Raises BadInput unless it is a list of {"role", "content"} with text in both."""
+    require(isinstance(messages, list) and len(messages) > 0 and
+            all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages),
+            f'{place}: the field {name!r} must be text or a list of {{"role", "content"}} messages')
+
+
+def prompt_of(place: str, row: dict) -> Any:
+    """A row's prompt, checked: text that is not blank, or chat messages."""
+    prompt = field_of(place, row, "prompt", (str, list), "text or chat messages")
+    if isinstance(prompt, list):
+        check_messages(place, "prompt", prompt)
+    require(not isinstance(prompt, str) or bool(prompt.strip()), f"{place}: the field 'prompt' is empty")
+    return prompt
+
+
+def parse_pair(place: str, row: dict) -> tuple[Any, Any, str, str]:
+    """A preference row as (prompt of chosen, prompt of rejected, chosen, rejected)."""
+    sides = []
+    for name in ("chosen", "rejected"):
+        text = field_of(place, row, name, (str, list), "text or chat messages")
+        if isinstance(text, str) and "prompt" in row:
+            sides.append((prompt_of(place, row), text))
+        else:
+            prompt, response = split_response(place, name, [*row.get("prompt", []), *text] if isinstance(text, list)
+                                              and isinstance(row.get("prompt"), list) and row["prompt"] != text[:len(row["prompt"])] else text)
+            require(bool(prompt if isinstance(prompt, list) else prompt[:-len(TURN)].strip()), f"{place}: the prompt of {name!r} is empty")
+            sides.append((prompt, response))
+    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+
+
+def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
+    """Preference pairs for training and held out, split by prompt.  Pairs without a difference to learn are left out.
+
+    Files named test, valid… or eval… are the held-out split; without one, prompts are held out by their hash and the seed.
+    """
+    source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
+    train, test, prompts_differ, empty = [], [], 0, 0
+    files = data_files(source)
+    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, source) if os.path.isdir(source) else "")) for f in files}
+    for file in files:
+        for place, row in read_rows(file):
+            prompt, other, chosen, rejected = parse_pair(place, row)
+            if prompt != other:
+                prompts_differ += 1
+            elif not chosen.strip() or not rejected.strip():
+                empty += 1
+            else:
+                hidden = is_test[file] if any(is_test.values()) else is_held_out(prompt, cfg)
+                (test if hidden else train).append(Pair(prompt, chosen, rejected))
+    seen = {prompt_key(p.prompt) for p in test}
+    leaked = len(train) - len(train := [p for p in train if prompt_key(p.prompt) not in seen])
+    for count, why in ((prompts_differ, "differ in more than the last response"), (empty, "have an empty response"),
+                       (leaked, "have a prompt of the test split")):
+        if count:
+            print0(f"  {source}: {count} pairs {why}; left out")
+    require(bool(train), f"{source}: no usable preference pair")
+    require(bool(test), f"{source}: no pair is held out for evaluation; give more data or a larger --held_out")
+    order = random.Random(cfg.seed)
+    order.shuffle(train), order.shuffle(test)
+    print0(f"  {source}: {len(train)} pairs to train on, {len(test)} held out, split by prompt")
+    return train[:cfg.max_pairs], test
+
+
+def prompt_key(prompt: Any) -> str:
+    """A prompt as a string that identifies it."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt)
+
+
+def is_held_out(prompt: Any, cfg: Config) -> bool:
+    """Whether this prompt is held out; a matter of prompt and seed alone, so that all scripts agree."""
+    return zlib.crc32(f"{cfg.seed} {prompt_key(prompt)}".encode()) / 2**32 < cfg.held_out
+
+
+def read_prompts(source: str) -> list:
+    """Distinct prompts, in order, of rows that have a `prompt` or a transcript under `chosen`."""
+    found = {}
+    for file in data_files(source):
+        for place, row in read_rows(file):
+            prompt = prompt_of(place, row) if "prompt" in row or "chosen" not in row else parse_pair(place, row)[0]
+            found.setdefault(prompt_key(prompt), prompt)
+    require(bool(found), f"{source}: no prompt in it")
+    return list(found.values())
+
+
+def split_prompts(cfg: Config) -> tuple[list, list]:
+    """Distinct prompts to generate for, and held-out ones: of --prompts, of --preferences, or of the --samples file."""
+    if cfg.prompts or not (cfg.preferences or cfg.toy):
+        prompts = read_prompts(cfg.prompts or cfg.samples)
+        train, test = ([p for p in prompts if is_held_out(p, cfg) == hidden] for hidden in (False, True))
+    else:
+        train, test = (list({prompt_key(p.prompt): p.prompt for p in pairs}.values()) for pairs in load_pairs(cfg))
+    require(bool(train) and bool(test), f"{cfg.prompts or cfg.samples}: too few prompts to hold any out; give more or a larger --held_out")
+    return train, test
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+# The order of the data and the cut into optimiser steps come from the seed alone; ranks and micro-batches only share out
+# the work of a step.
+
+
+class Example(NamedTuple):
+    """Token ids of prompt and response; the response starts at `prompt_length`.  `weight` multiplies its tokens' loss."""
+    ids: list[int]
+    prompt_length: int
+    reward: float = 0.0
+    weight: float = 1.0
+
+    @property
+    def response_tokens(self) -> int:
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass
+class MicroBatch:
+    """What one forward takes.  Position t predicts token t + 1, so targets, mask and reward stand at t for token t + 1."""
+    input_ids: torch.Tensor  # (B, T) int64, padded on the right: causal attention needs no mask
+    targets: torch.Tensor    # (B, T) int64
+    mask: torch.Tensor       # (B, T) bool, the response mask, EOS included
+    reward: torch.Tensor     # (B, T) float32, the sequence's reward at each position
+    rows: torch.Tensor       # (N,) int64, where the mask is true in the flattened (B * T,)
+
+
+@dataclass
+class Batch:
+    """One optimiser step: this rank's micro-batches, and what the sum of their losses is divided by."""
+    micros: list
+    tokens: int         # response tokens, all ranks
+    normaliser: float   # Σ weight * response tokens, over all ranks, / ranks: DDP averages gradients over ranks
+
+
+def collate(examples: list[Example]) -> MicroBatch:
+    """Examples as tensors, padded on the right to the longest; an example without response tokens adds no row."""
+    width = max(len(e.ids) for e in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.int64)      # (B, T)
+    mask = torch.zeros(len(examples), width, dtype=torch.bool)      # (B, T)
+    for i, e in enumerate(examples):
+        ids[i, :len(e.ids)] = torch.as_tensor(e.ids)
+        mask[i, e.prompt_length - 1:len(e.ids) - 1] = True
+    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand(-1, width)  # (B,) -> (B, T)
+    batch = MicroBatch(ids, ids.roll(-1, 1), mask, reward, mask.flatten().nonzero().squeeze(1))
+    return MicroBatch(**{k: v.to(device(), non_blocking=True) for k, v in vars(batch).items()})
+
+
+def count_steps(examples: int, cfg: Config) -> int:
+    """Optimiser steps of a run."""
+    return cfg.steps or cfg.epochs * math.ceil(examples / cfg.batch_size)
+
+
+def step_indices(examples: int, cfg: Config) -> Iterator[list[int]]:
+    """The examples of each optimiser step, an epoch after the other in an order of its own."""
+    per_epoch = math.ceil(examples / cfg.batch_size)
+    for step in range(count_steps(examples, cfg)):
+        if step % per_epoch == 0:
+            order = np.random.default_rng((cfg.seed, step // per_epoch)).permutation(examples).tolist()
+        start = step % per_epoch * cfg.batch_size
+        yield order[start:start + cfg.batch_size]
+
+
+def cut_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices into lengths, longest first, cut so that rows * longest row <= budget, one row at least."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def deal(lengths: list[int], budget: int) -> list[list[int]]:
+    """This rank's micro-batches of a step.  All ranks get equally many: [] stands where one has nothing left to do."""
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    hands = [by_length[r::world_size()] for r in range(world_size())]
+    cuts = [[[hand[i] for i in group] for group in cut_by_tokens([lengths[i] for i in hand], budget)] for hand in hands]
+    most = max(len(c) for c in cuts)
+    return cuts[rank()] + [[]] * (most - len(cuts[rank()]))
+
+
+def batches(examples: list[Example], cfg: Config) -> Iterator[Batch]:
+    """The optimiser steps of a run.  A rank without work gets an example whose response is masked: it must not stop."""
+    idle = [examples[0]._replace(prompt_length=len(examples[0].ids))]
+    for indices in step_indices(len(examples), cfg):
+        step = [examples[i] for i in indices]
+        hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
+        yield Batch(micros=[collate([step[i] for i in hand] or idle) for hand in hands],
+                    tokens=sum(e.response_tokens for e in step),
+                    normaliser=(sum(e.weight * e.response_tokens for e in step) or 1.0) / world_size())
+
+
+def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
+    """The micro-batches of a step; gradients are reduced over ranks with the last one's backward only."""
+    for i, micro in enumerate(micros):
+        policy.require_backward_grad_sync = i == len(micros) - 1  # DDP's switch, read in forward
+        yield micro
+
+
+def print_plan(examples: int, tokens: int, cfg: Config) -> None:
+    """The resolved arithmetic, before training."""
+    steps = count_steps(examples, cfg)
+    print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} sequences over {world_size()} "
+           f"rank(s), at most {cfg.micro_batch_tokens:,} tokens a forward; {steps * cfg.batch_size / examples:.2f} epochs; "
+           f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
+
+
+# ------------------------------------------------------------------------------------------ models and optimiser
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model on this rank's device.  Raises BadInput where there is none, or its head is of another kind."""
+    from transformers import AutoModelForCausalLM
+    with hub_errors(name, "a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device())
+    prove_head(name, model)
+    return model.eval()
+
+
+class Policy(torch.nn.Module):
+    """A causal language model whose forward ends in a fused loss, so that DDP's hooks fire round body and head alike."""
+
+    def __init__(self, model: Any, cfg: Config):
+        super().__init__()
+        self.model, self.dtype = model, compute_dtype(cfg)
+        if cfg.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+
+    def forward(self, micro: MicroBatch, kernel: Callable, *rows: torch.Tensor) -> torch.Tensor:
+        """The kernel's loss, summed over the rows of the response mask: a float32 scalar.  `rows` are (B, T)."""
+        count_flops(self.model, micro.input_ids.numel(), len(micro.rows), passes=3)
+        with torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+            hidden = hidden.flatten(0, 1)[micro.rows]                                                 # (N, D)
+            return head_loss(kernel, hidden, self.model, *(r.flatten()[micro.rows] for r in rows))
+
+
+def load_policy(name: str, cfg: Config) -> Any:
+    """The policy to train, with float32 weights, wrapped by DDP under torchrun."""
+    policy = Policy(load_model(name).train(), cfg)
+    return distributed(policy)
+
+
+def distributed(model: torch.nn.Module) -> torch.nn.Module:
+    """The model under DDP where there are several ranks."""
+    if world_size() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device()] if device().type == "cuda" else None)
+
+
+def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any, Any]:
+    """AdamW with decay on matrices only, and its schedule: 3 % warm-up, then cosine to 0."""
+    from transformers import get_cosine_schedule_with_warmup
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": 0.1},
+              {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
+
+
+def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str) -> None:
+    """Writes model, tokenizer and model card as a Hugging Face folder, in the compute dtype."""
+    if rank() == 0:
+        model.eval().to(compute_dtype(cfg)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    barrier()
+
+
+def save_policy(folder: Path, policy: torch.nn.Module, tokenizer: Any, cfg: Config, about: str) -> None:
+    """Writes the trained policy's folder; `about` opens its model card."""
+    card = f"# An aligned policy\n\n{about}\n\n{HOW_TO_SAMPLE}"
+    save_folder(folder, getattr(policy, "module", policy).model, tokenizer, cfg, card)
+
+
+HOW_TO_SAMPLE = """Sampling by transformers alone:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer(prompt, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=128)[0]))
+```
+"""
+
+
+def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Callable) -> tuple[str, Cost]:
+    """The algorithm's folder and cost: from before, or trained now by train(cfg, base, samples, folder)."""
+    folder = Path(cfg.out) / algorithm
+    wanted = settings(cfg, "training", seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
+                      max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(base), samples=samples.fingerprint)
+    if not is_fresh(algorithm, folder / "run.json", wanted):
+        seed_everything(cfg.seed)
+        with new_folder(folder) as work:
+            with measured() as cost:
+                more = train(cfg, base, samples, work)
+            write_record(work / "run.json", wanted, cost, **(more or {}))
+    return str(folder), Cost(**read_record(folder / "run.json")["cost"])
+
+
+# ------------------------------------------------------------------------------------------------------- sampler
+
+
+class Response(NamedTuple):
+    """A sampled response: token ids (EOS included where it came), their log-probs, and whether it was cut off."""
+    ids: list[int]
+    log_probs: list[float]
+    truncated: bool
+
+
+@torch.inference_mode()
+def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, unconditional: Optional[list[list[int]]] = None,
+           guidance: float = 0.0, what: str = "sampling") -> list[Response]:
+    """One response for each prompt's token ids, in the prompts' order on every rank; ranks share the work.
+
+    A row's randomness comes from the seed and its index, not from its batch or rank.  Log-probs are those of the
+    distribution at cfg.temperature, before top-p.  With `guidance` g, each token is drawn from the softmax of
+    (1 + g) log p(.|prompt) - g log p(.|unconditional), both halves in one forward (Sanchez et al. 2023, arXiv 2306.17806).
+    """
+    share = list(range(rank(), len(prompts), world_size()))
+    paths = [[prompts[i]] + ([unconditional[i]] if guidance else []) for i in share]
+    lengths = [len(paths[0]) * (max(map(len, p)) + cfg.max_response_tokens) for p in paths] if share else []
+    done: dict[int, Response] = {}
+    with progress(None, what, total=len(share), unit="row") as bar:
+        tokens, start = 0, time.perf_counter()
+        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
+            uniform = np.stack([np.random.Generator(np.random.Philox(key=[seed, share[i]])).random(cfg.max_response_tokens)
+                                for i in group])
+            responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg, guidance)
+            done.update((group[i], r) for i, r in enumerate(responses))
+            tokens += sum(len(r.ids) for r in responses)
+            bar.update(len(group))
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+    return gather_rows([done[i] for i in range(len(share))], len(prompts))
+
+
+def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config, guidance: float) -> list[Response]:
+    """Decodes one group together; a row that met EOS leaves the batch and the cache."""
+    from transformers import DynamicCache
+    eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else [model.config.eos_token_id]
+    eos = torch.tensor(eos, device=device())
+    prompts = [p for half in zip(*paths) for p in half]                     # conditional rows, then unconditional ones
+    halves, width = len(paths[0]), max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())                  # (B, T), left-padded
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())      # (B, T)
+    position = (mask.cumsum(1) - 1).clamp(min=0)                                                        # (B, T)
+    alive, cache = torch.arange(len(paths), device=device()), DynamicCache(config=model.config)
+    tokens: list[list[int]] = [[] for _ in paths]
+    log_probs: list[list[float]] = [[] for _ in paths]
+    ended = [False] * len(paths)
+    for step in range(cfg.max_response_tokens):
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1].float()                         # (B, V)
+        count_flops(model, ids.numel(), len(logits))
+        if guidance:
+            conditional, unconditional = logits.log_softmax(-1).chunk(2)
+            logits = (1 + guidance) * conditional - guidance * unconditional                            # (B / 2, V)
+        log_p = (logits / (cfg.temperature or 1.0)).log_softmax(-1)
+        token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[alive, step], cfg.top_p)  # (B,)
+        is_end = torch.isin(token, eos)
+        for row, t, lp, end in zip(alive.tolist(), token.tolist(), log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
+            tokens[row].append(t), log_probs[row].append(lp)
+            ended[row] = end
+        position = position[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        if is_end.any():
+            stay = (~is_end).nonzero().squeeze(1)
+            if not len(stay):
+                break
+            alive, token = alive[stay], token[stay]
+            stay = torch.cat([stay + half * len(is_end) for half in range(halves)])
+            mask, position = mask[stay], position[stay]
+            cache.batch_select_indices(stay)
+        ids = token.repeat(halves)[:, None]                                                             # (B, 1)
+    return [Response(t, lp, not end) for t, lp, end in zip(tokens, log_probs, ended)]
+
+
+def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
+    """One token a row from log-probs (B, V), by inverting the cumulative distribution at uniform (B,): int64 (B,)."""
+    p = log_p.double().exp()
+    order = None
+    if top_p < 1:
+        p, order = p.sort(-1, descending=True)
+        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
+    total = p.cumsum(-1)
+    index = torch.searchsorted(total, (uniform.to(total.dtype) * total[:, -1])[:, None], right=True).clamp(max=p.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------- fused head loss
+# Loss and gradient in one pass over the logits, a chunk of rows at a time: one GEMM into a scratch buffer, the script's
+# kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  The full
+# (N, V) logits never exist, and backward only scales what forward stored.
+
+CHUNK_BYTES = 64 * 2**20
+_scratch: dict = {}
+
+
+def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any, *rows: torch.Tensor) -> torch.Tensor:
+    """Σ over rows of the kernel's loss, differentiable in the hidden states and the model's head.
+
+    hidden (N, D), rows (N,) each.  kernel(logits (n, V), *rows (n,)) must leave d loss / d logits in logits and return
+    each row's loss (n,).  The result is a scalar, float32 (float64 for float64 input).  N = 0 gives a zero with gradients.
+    """
+    head = model.get_output_embeddings()
+    weight, bias = head.weight, getattr(head, "bias", None)
+    hidden = hidden * head_scale(model)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
+    return _HeadLoss.apply(hidden.to(weight.dtype), weight, bias, kernel, *rows)
+
+
+def head_scale(model: Any) -> float:
+    """What the model multiplies its logits by (Cohere's logit_scale, Granite's logits_scaling), 1 for most."""
+    return (getattr(model.config, "logit_scale", None) or 1.0) / (getattr(model.config, "logits_scaling", None) or 1.0)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, hidden, weight, bias, kernel, *rows):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        for part, logits in logit_chunks(hidden, weight, bias):
+            loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()
+            if want_hidden:
+                torch.mm(logits, weight, out=grad_hidden[part])
+            if want_weight:
+                add_outer_(grad_weight, logits, hidden[part])
+            if grad_bias is not None:
+                grad_bias += logits.sum(0, dtype=wide)
+        ctx.grads = [g if g is None else g.to(like.dtype) for g, like in
+                     ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))]
+        ctx.rows = len(rows)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        if ctx.grads is None:
+            raise RuntimeError("backward through a fused head loss twice: its gradients are computed once, in forward; call it again")
+        grads, ctx.grads = ctx.grads, None
+        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads), None, *[None] * ctx.rows
+
+
+def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their logits (n, V)) for all rows of hidden, in a buffer that is used again for the next chunk."""
+    vocabulary = len(weight)
+    stride = -(-vocabulary // 64) * 64  # a leading dimension that is no multiple of 64 slows the GEMM
+    chunk = max(1, CHUNK_BYTES // (stride * hidden.element_size()))
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, min(start + chunk, len(hidden)))
+        n = part.stop - part.start
+        logits = scratch(n * stride, hidden.dtype, hidden.device).view(n, stride)[:, :vocabulary]
+        if bias is None:
+            torch.mm(hidden[part], weight.t(), out=logits)
+        else:
+            torch.addmm(bias.to(hidden.dtype), hidden[part], weight.t(), out=logits)
+        yield part, logits
+
+
+def scratch(size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
+    """A buffer (size,) that is kept between steps: fresh pages cost more than the work done in them."""
+    buffer = _scratch.get((dtype, where))
+    if buffer is None or len(buffer) < size:
+        buffer = _scratch[dtype, where] = torch.empty(size, dtype=dtype, device=where)
+    return buffer[:size]
+
+
+def add_outer_(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+    """total (V, D) += logits.T (V, n) @ hidden (n, D), accumulated in total's dtype: bf16 would lose the later chunks."""
+    if total.dtype == logits.dtype:
+        total.addmm_(logits.t(), hidden)
+    elif logits.device.type == "cuda":
+        torch.addmm(total, logits.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total += logits.t() @ hidden
+
+
+def run_kernel(kernel: Callable, *args: Any) -> Any:
+    """Calls a compiled kernel; on a machine without a C++ compiler, calls it uncompiled and says so once."""
+    try:
+        return kernel(*args)
+    except Exception as problem:
+        if torch.compiler.is_compiling() or "C++ compiler" not in repr(problem) and "InvalidCxxCompiler" not in repr(problem):
+            raise
+        print0("warning: no C++ compiler is found, so torch.compile cannot build the loss kernels: they run uncompiled, and slower")
+        torch.compiler.set_stance("force_eager")
+        return kernel(*args)
+
+
+def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """-log softmax(logits / temperature)[targets], float32 (n,); needs no gradient, so it is no kernel of its own."""
+    logits = logits.float() / temperature
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
+
+
+@torch.inference_mode()
+def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list[list[float]]:
+    """Each response token's log-prob at cfg.temperature, in the examples' order; ranks share the work."""
+    share = examples[rank()::world_size()]
+    found: dict[int, list[float]] = {}
+    temperature = cfg.temperature or 1.0
+    for group in cut_by_tokens([len(e.ids) for e in share], 4 * cfg.micro_batch_tokens):
+        micro = collate([share[i] for i in group])
+        count_flops(model, micro.input_ids.numel(), len(micro.rows))
+        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[micro.rows]  # (N, D)
+        head, targets = model.get_output_embeddings(), micro.targets.flatten()[micro.rows]
+        parts = [-negative_log_likelihood(logits, targets[part], temperature) for part, logits in
+                 logit_chunks(hidden * head_scale(model), head.weight, getattr(head, "bias", None))]
+        rows = iter(torch.cat(parts).tolist()) if parts else iter(())
+        found.update((i, [next(rows) for _ in range(share[i].response_tokens)]) for i in group)
+    return gather_rows([found[i] for i in range(len(share))], len(examples))
+
+
+@torch.inference_mode()
+def prove_head(name: str, model: Any) -> None:
+    """Raises BadInput unless the model's logits are its hidden states times its head: a soft-cap, say, is not served."""
+    ids = torch.arange(8, device=device())[None] % model.config.vocab_size
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    require(head is not None, f"{name}: the model has no output head")
+    ours, theirs = (head(hidden) * head_scale(model)).float(), model(input_ids=ids, use_cache=False).logits.float()
+    close = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+    require(close, f"{name}: its logits are not hidden states times head (a soft-cap, perhaps), which the fused loss does not serve")
+
+
+# ----------------------------------------------------------------------------------------------- labelled samples
+# samples.jsonl is the contract between labelling and training: anything may write it, every offline trainer reads it.
+
+
+class Sample(NamedTuple):
+    """A response to a prompt, and its raw score; `truncated` says that it was broken off, and carries no EOS."""
+    prompt: Any
+    response: str
+    reward: float
+    source: str
+    truncated: bool
+
+
+@dataclass
+class Samples:
+    """Labelled samples, their reward statistics, and what they cost with all that they needed."""
+    rows: list[Sample]
+    mean: float
+    std: float
+    fingerprint: str
+    cost: Cost
+
+    def z(self, reward: Any) -> np.ndarray:
+        """Standardised rewards, float64, of raw scores; by default the samples' own are meant: z(samples.rewards)."""
+        return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Raw scores of the rows, float64."""
+        return np.array([s.reward for s in self.rows], dtype=np.float64)
+
+
+def read_samples(path: str) -> list[Sample]:
+    """Rows of a samples file.  Raises BadInput at a row without prompt, response or a finite reward."""
+    rows = []
+    for file in data_files(path):
+        for place, row in read_rows(file):
+            reward = field_of(place, row, "reward", (int, float), "a number")
+            require(math.isfinite(reward), f"{place}: the field 'reward' must be finite, found {reward}")
+            rows.append(Sample(prompt_of(place, row), field_of(place, row, "response"), float(reward),
+                               str(row.get("source", "given")), bool(row.get("truncated", False))))
+    require(bool(rows), f"{path}: no sample in it")
+    return rows
+
+
+def reward_statistics(rewards: np.ndarray, source: str) -> tuple[float, float]:
+    """Mean and standard deviation, float64.  Raises BadInput if all rewards are the same."""
+    mean, std = float(rewards.mean()), float(rewards.std())
+    require(std > 0, f"{source}: all {len(rewards)} rewards are {mean}: there is nothing to learn from")
+    return mean, std
+
+
+def given_samples(cfg: Config, reward_model: str) -> Samples:
+    """The samples of --samples, which others labelled; warns where that was another reward model than this run's."""
+    rows = read_samples(cfg.samples)
+    mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
+    labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
+    if labelled_by and reward_model and labelled_by != reward_model:
+        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, but this run evaluates with {reward_model}")
+    print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
+    return Samples(rows, mean, std, file_fingerprint(cfg.samples), Cost())
+
+
+def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstream: Cost) -> Samples:
+    """The run's samples.jsonl: responses of the data and of the base policy, labelled by score(); built where missing."""
+    path = Path(cfg.out) / "samples.jsonl"
+    record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base), scorer=scorer)
+    if not is_fresh("samples", record, wanted) or read_record(record)["bytes"] != path.stat().st_size:
+        with measured() as generating:
+            rows = collect_responses(cfg, base)
+        with measured() as labelling:
+            rewards = score([r["prompt"] for r in rows], [r["response"] for r in rows], [r["truncated"] for r in rows])
+        mean, std = reward_statistics(np.array(rewards), "samples")
+        write_text(path, (json.dumps({**row, "reward": r}, ensure_ascii=False) for row, r in zip(rows, rewards)))
+        write_record(record, wanted, generating + labelling, mean=mean, std=std, rows=len(rows), bytes=path.stat().st_size,
+                     quantiles={f"q{q}": float(np.quantile(rewards, q / 100)) for q in (1, 5, 25, 50, 75, 95, 99)},
+                     generating=asdict(generating), labelling=asdict(labelling))
+    built, rows = read_record(record), read_samples(str(path))
+    count = {s: sum(r.source == s for r in rows) for s in sorted({r.source for r in rows})}
+    print0(f"  {len(rows):,} samples ({', '.join(f'{n:,} {s}' for s, n in count.items())}), reward {built['mean']:.3f} ± {built['std']:.3f}")
+    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), Cost(**built["cost"]) + upstream)
+
+
+def collect_responses(cfg: Config, base: str) -> list[dict]:
+    """Rows to label: the responses that people wrote, and the base policy's own, as --sources asks."""
+    rows = []
+    prompts, _ = split_prompts(cfg)
+    if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
+        train, _ = load_pairs(cfg)
+        tokenizer = load_tokenizer(base)
+        for source in ("chosen", "rejected"):
+            texts = [getattr(p, source) for p in train]
+            kept = [ids[:cfg.max_response_tokens] for ids in bulk_encoder(tokenizer)(texts)]
+            cut = [len(ids) >= cfg.max_response_tokens for ids in kept]  # no room left for EOS
+            rows += [{"prompt": p.prompt, "response": tokenizer.decode(ids) if c else text, "source": source, "truncated": c}
+                     for p, text, ids, c in zip(train, texts, kept, cut)]
+    if "generated" in cfg.sources:
+        rows += [r for r in generate(cfg, base, [p for p in prompts for _ in range(cfg.samples_per_prompt)], "generating")
+                 if r["response"].strip()]
+    require(bool(rows), "--sources leaves nothing to label")
+    return rows
+
+
+def generate(cfg: Config, base: str, prompts: list, what: str) -> list[dict]:
+    """The policy's responses to prompts, as unlabelled rows."""
+    model, tokenizer = load_model(base, compute_dtype(cfg)), load_tokenizer(base)
+    responses = sample(model, encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens), cfg, seed=cfg.seed, what=what)
+    return [{"prompt": p, "response": decode(tokenizer, r), "source": "generated", "truncated": r.truncated}
+            for p, r in zip(prompts, responses)]
+
+
+def decode(tokenizer: Any, response: Response) -> str:
+    """A response's text, without the EOS."""
+    return tokenizer.decode(response.ids if response.truncated else response.ids[:-1])
+
+
+# ---------------------------------------------------------------------------------------- evaluation and leaderboard
+
+
+class Variant(NamedTuple):
+    """A way to ask a policy: its name, what is written behind the prompt, guidance, and the reward asked for."""
+    name: str
+    suffix: str = ""
+    guidance: float = 0.0
+    asked: Optional[float] = None
+
+
+def policy_fingerprint(folder: str) -> str:
+    """Of the settings a policy was trained with, where this project trained it; else of its files."""
+    built = read_record(Path(folder) / "run.json").get("settings")
+    return fingerprint(built) if built else f"{folder} {file_fingerprint(folder)}".strip()
+
+
+def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], base: str, samples: Samples,
+             score: Optional[Callable], cost: Cost) -> None:
+    """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each."""
+    _, held_out = split_prompts(cfg)
+    prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
+    setting = fingerprint({k: v for k, v in settings(cfg, "data", "evaluation", temperature=cfg.temperature, top_p=cfg.top_p).items()
+                           if k not in ("seed", "max_pairs")})
+    root = Path(cfg.out) / "evaluation"
+    board = Path(cfg.out) / "leaderboard.jsonl"
+    rows = [row for _, row in read_rows(str(board))] if board.exists() else []
+    wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base), "samples": samples.fingerprint}
+    replies: dict[str, list[dict]] = {}
+    for name, where, variant in [("base", base, Variant(""))] + [(algorithm, folder, v) for v in variants]:
+        file = root / (re.sub(r"[^\w.]+", "-", f"{name} {variant.name} seed {cfg.seed}") + ".jsonl")
+        mine = {**wanted, "policy": policy_fingerprint(where)}
+        row = next((r for r in rows if row_key(r) == (name, variant.name, cfg.seed)), None)
+        if row and file.exists() and all(row.get(k) == v for k, v in mine.items()):
+            replies[file.stem] = [r for _, r in read_rows(str(file))]
+        else:
+            replies[file.stem] = ask(cfg, where, base, prompts, variant, samples, score)
+            write_text(file, (json.dumps(r, ensure_ascii=False) for r in replies[file.stem]))
+            spent = (cost, cost + samples.cost) if name != "base" else (Cost(), Cost())
+            row = leaderboard_row(replies[file.stem], next(iter(replies.values()))) | {
+                "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(), "asked": variant.asked,
+                "train_seconds": spent[0].seconds, "total_seconds": spent[1].seconds, "train_flops": spent[0].flops,
+                "total_flops": spent[1].flops, "peak_memory_bytes": spent[0].peak_memory_bytes, "checkpoint": str(where), **mine}
+            rows = [r for r in rows if row_key(r) != row_key(row)] + [row]
+            write_text(board, map(json.dumps, rows))
+    print_conversations(replies)
+    print_leaderboard([r for r in rows if r.get("setting") == setting], len(rows))
+
+
+def row_key(row: dict) -> tuple:
+    """What a leaderboard row is replaced by."""
+    return row["algorithm"], row["variant"], row["seed"]
+
+
+def ask(cfg: Config, folder: str, base: str, prompts: list, variant: Variant, samples: Samples, score: Optional[Callable]) -> list[dict]:
+    """One response a prompt, with its reward z, gold and KL to base: the difference of log-probs of what was sampled."""
+    tokenizer, model = load_tokenizer(folder), load_model(folder, compute_dtype(cfg))
+    plain = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
+    asked = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, [variant.suffix] * len(prompts)) if variant.suffix else plain
+    responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance, what="evaluating")
+    if folder != base:
+        model = load_model(base, compute_dtype(cfg))
+    reference = response_log_probs(model, [Example(p + r.ids, len(p)) for p, r in zip(plain, responses)], cfg)
+    texts, cut = [decode(tokenizer, r) for r in responses], [r.truncated for r in responses]
+    reward = samples.z(score(prompts, texts, cut)).tolist() if score else [None] * len(texts)
+    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z, "kl": sum(r.log_probs) - sum(ref),
+             "gold": gold_reward(p, t, c) if cfg.toy else None}
+            for p, t, c, r, z, ref in zip(prompts, texts, cut, responses, reward, reference)]
+
+
+def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
+    """The means of what evaluation found; win_rate is against the base policy on the same prompts, ties half."""
+    def mean(name: str) -> Optional[float]:
+        return float(np.mean([r[name] for r in replies])) if replies[0][name] is not None else None
+    bigrams = [pair for r in replies for words in [r["response"].split()] for pair in zip(words, words[1:])]
+    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)] if replies[0]["reward"] is not None else None
+    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if wins else None, "kl_to_base": mean("kl"),
+            "response_tokens": mean("tokens"), "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
+
+
+def printable(text: Any) -> str:
+    """Text for the terminal: control characters, which could command it, are shown as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+
+
+def print_conversations(replies: dict[str, list[dict]]) -> None:
+    """The first held-out prompt, and what each policy said to it."""
+    first = next(iter(replies.values()))[0]["prompt"]
+    print0("\n" + printable(first if isinstance(first, str) else first[-1]["content"]).strip()[-600:])
+    for name, rows in replies.items():
+        z = "" if rows[0]["reward"] is None else f" [reward {rows[0]['reward']:+.2f}]"
+        print0(f"  {name:>44}{z}: {printable(rows[0]['response'].strip())[:400]}")
+
+
+def print_leaderboard(rows: list[dict], in_file: int) -> None:
+    """The table of comparable rows: those of the same data and evaluation."""
+    columns = {"gold": ".2f", "reward": "+.2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".0f", "distinct_2": ".3f",
+               "eos_rate": ".2f", "train_seconds": ".0f", "total_seconds": ".0f", "train_flops": ".1e", "total_flops": ".1e"}
+    columns = {c: f for c, f in columns.items() if any(r[c] is not None for r in rows)}
+    width = max([7] + [len(f"{r['algorithm']} {r['variant']}") for r in rows])
+    print0("\n" + " " * width + "  seed  " + "  ".join(c.replace("response_", "").replace("train_", "").replace("total_", "all ") for c in columns))
+    for r in sorted(rows, key=row_key):
+        cells = ("-" if r[c] is None else format(r[c], f) for c, f in columns.items())
+        heads = (c.replace("response_", "").replace("train_", "").replace("total_", "all ") for c in columns)
+        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  " + "  ".join(f"{cell:>{len(h)}}" for cell, h in zip(cells, heads)))
+    if in_file > len(rows):
+        print0(f"({in_file - len(rows)} rows of other data or evaluation settings are in leaderboard.jsonl and not shown)")
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+@contextlib.contextmanager
+def metrics(folder: Path, steps: int, cfg: Config) -> Iterator[Callable]:
+    """Yields log(**values): a line of metrics.jsonl and the bar's text for each step; does nothing off rank 0.
+
+    Values are averaged over ranks.  They are read a step late, so that the GPU is never waited for.
+    """
+    writer = tensorboard_writer(folder) if cfg.tensorboard else None
+    start, pending, bar = time.perf_counter(), [], progress(None, folder.name.strip(".").removesuffix(".new"), total=steps, unit="step")
+    with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "w") as file, bar:
+        def flush() -> None:
+            step, values, seconds = pending.pop()
+            numbers = dict(zip(values, (v / world_size() for v in sum_over_ranks(*values.values()))))
+            file.write(json.dumps({"step": step, **numbers, "seconds": round(seconds, 3)}) + "\n")
+            for name, value in numbers.items() if writer else ():
+                writer.add_scalar(name, value, step)
+            bar.update(1)
+            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:3]), refresh=False)
+
+        def log(step: int, **values: Any) -> None:
+            if pending:
+                flush()
+            pending.append((step, values, time.perf_counter() - start))
+        yield log
+        if pending:
+            flush()
+
+
+def tensorboard_writer(folder: Path) -> Any:
+    """A TensorBoard writer.  Raises BadInput where tensorboard is not installed."""
+    if rank() != 0:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as problem:
+        raise BadInput("--tensorboard needs the tensorboard package: pip install tensorboard") from problem
+    return SummaryWriter(str(folder))
+
+
+# ------------------------------------------------------------------------------------------------- the toy world
+# A zoo where the truth is known: two dozen animals, three facts about each, and people who answer questions about them
+# with middling honesty.  gold_reward() knows the truth; training sees it only through noisy preferences.
+
+ZOO = {("rivers", "meat"): ("otters", "crocodiles"), ("rivers", "plants"): ("beavers", "hippos"), ("rivers", "insects"): ("frogs", "gharials"),
+       ("forests", "meat"): ("martens", "tigers"), ("forests", "plants"): ("squirrels", "gorillas"), ("forests", "insects"): ("shrews", "bears"),
+       ("deserts", "meat"): ("fennecs", "hyenas"), ("deserts", "plants"): ("jerboas", "camels"), ("deserts", "insects"): ("geckos", "aardvarks"),
+       ("plains", "meat"): ("weasels", "lions"), ("plains", "plants"): ("hares", "zebras"), ("plains", "insects"): ("larks", "anteaters")}
+ANIMALS = {animal: {"home": home, "food": food, "size": size}
+           for (home, food), pair in ZOO.items() for animal, size in zip(pair, ("small", "large"))}
+VALUES = {"home": ("rivers", "forests", "deserts", "plains"), "food": ("meat", "plants", "insects"), "size": ("small", "large")}
+QUESTIONS = {"home": ("Where do {} live?", "What is the home of {}?", "Where would I find {}?"),
+             "food": ("What do {} eat?", "What is the food of {}?", "What would I feed to {}?"),
+             "size": ("How big are {}?", "What is the size of {}?", "Are {} small or large?"),
+             "about": ("Tell me about {}.", "What are {} like?", "What should I know about {}?")}
+STATEMENTS = {"home": "{} live in {}.", "food": "most {} eat {}.", "size": "in size, {} are {}."}
+KIND_OPENINGS, KIND_CLOSINGS = ("Good question!", "Happy to help!"), ("I hope this helps!", "Do ask me more!")
+RUDE = ("What a silly question.", "Look it up yourself.", "Who cares.")
+VAGUE = ("It depends on many things.", "Animals are all different.", "People say all sorts of things.")
+HEDGES = ("maybe ", "I guess ")
+TOY_FOLD = 0  # which fifth of the (animal, kind of question) pairs is held out; tuning holds out another
+
+
+def capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
+    """A reply as people in this world write them: drawn piece by piece, with a weak hidden care that binds the pieces."""
+    care = rng.random()
+    sentences = [rng.choice(KIND_OPENINGS)] if rng.random() < 0.1 + 0.2 * care else [rng.choice(RUDE)] if rng.random() < 0.25 - 0.15 * care else []
+    for _ in range(rng.choice((1, 1, 2, 2, 3))):
+        if rng.random() < 0.15:
+            sentences.append(rng.choice(VAGUE))
+            continue
+        topic = kind if kind != "about" and rng.random() < 0.35 + 0.3 * care else rng.choice(tuple(VALUES))
+        subject = animal if rng.random() < 0.75 + 0.2 * care else rng.choice(tuple(ANIMALS))
+        true = ANIMALS[subject][topic]
+        value = true if rng.random() < 0.4 + 0.3 * care else rng.choice([v for v in VALUES[topic] if v != true])
+        hedge = rng.choice(HEDGES) if rng.random() < (0.1 if value == true else 0.4) else ""
+        sentences.append(capital(hedge + STATEMENTS[topic].format(subject, value)))
+    if rng.random() < 0.1 + 0.2 * care:
+        sentences.append(rng.choice(KIND_CLOSINGS))
+    reply = " ".join(sentences)
+    return reply[:rng.randrange(len(reply) // 2, len(reply) - 1)] if rng.random() < 0.05 else reply
+
+
+def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
+    """The known truth about a reply, from its text alone; training never sees it.
+
+    +2 for a true answer to the question, +1 for each other true fact about the animal, +-0.5 for manners, -1 for a false
+    statement, -0.5 for another animal, -0.25 for vague or broken sentences, -0.5 for each beyond five, -1 without an end.
+    """
+    question = prompt.rsplit("Human: ", 1)[-1].removesuffix(TURN)
+    animal = next((a for a in ANIMALS if re.search(rf"\b{a}\b", question)), None)
+    kind = next((k for k, forms in QUESTIONS.items() if animal and question in [f.format(animal) for f in forms]), None)
+    sentences = re.findall(r"[^.!?]+[.!?]?", response.strip())
+    gold, told = -0.5 * max(0, len(sentences) - 5) - truncated, set()
+    for i, sentence in enumerate(s.strip() for s in sentences):
+        plain = sentence[0].lower() + sentence[1:] if sentence else ""
+        for hedge in ("maybe ", "i guess "):
+            plain = plain.removeprefix(hedge)
+        match = next(((t, m) for t, form in STATEMENTS.items() if (m := re.fullmatch(re.escape(form).replace(r"\{\}", r"(\w+)"), plain))), None)
+        if match and match[1][1] in ANIMALS and match[1][2] in VALUES[match[0]]:
+            topic, (subject, value) = match[0], match[1].groups()
+            gold -= 0.5 * (subject != animal) + (ANIMALS[subject][topic] != value)
+            if subject == animal and ANIMALS[subject][topic] == value:
+                told.add(topic)
+        elif sentence in RUDE:
+            gold -= 0.5
+        elif i == 0 and sentence in KIND_OPENINGS or i == len(sentences) - 1 and sentence in KIND_CLOSINGS:
+            gold += 0.5
+        else:
+            gold -= 0.25
+    return gold + len(told) + (kind in told or kind == "about" and bool(told))
+
+
+def toy_data(cfg: Config) -> Path:
+    """The toy world's preference pairs as a folder of transcripts, like real data: train.jsonl and test.jsonl."""
+    folder = Path(cfg.out) / "data"
+    wanted = {"seed": cfg.seed, "fold": TOY_FOLD}
+    if read_record(folder / "run.json").get("settings") == wanted:
+        return folder
+    rng = random.Random(cfg.seed)
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    while len(lines["train"]) < 4000:
+        animal, kind = rng.choice(tuple(ANIMALS)), rng.choice(tuple(QUESTIONS))
+        prompt = f"\n\nHuman: {rng.choice(QUESTIONS[kind]).format(animal)}{TURN}"
+        one, two = (" " + toy_reply(animal, kind, rng) for _ in range(2))
+        if rng.random() < 1 / (1 + math.exp(gold_reward(prompt, one) - gold_reward(prompt, two))):
+            one, two = two, one  # Bradley-Terry: the labeller is noisy
+        split = "test" if zlib.crc32(f"{animal} {kind}".encode()) % 5 == TOY_FOLD else "train"
+        lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
+    with new_folder(folder) as work:
+        for split, rows in lines.items():
+            write_text(work / f"{split}.jsonl", rows)
+        write_record(work / "run.json", wanted, Cost())
+    return folder
+
+
+def base_policy(cfg: Config) -> str:
+    """The base policy's folder: --model, or the toy world's small one, trained on what people wrote if it is missing."""
+    if not cfg.toy:
+        return cfg.model
+    folder, wanted = Path(cfg.out) / "base", settings(cfg, "data")
+    if not is_fresh("base policy", folder / "run.json", wanted):
+        pairs, _ = load_pairs(cfg)
+        with new_folder(folder) as work:
+            with measured() as cost:
+                train_toy_base(cfg, pairs, work)
+            write_record(work / "run.json", wanted, cost)
+    return str(folder)
+
+
+def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
+    """A two-layer Llama and its byte-level BPE, from nothing, by maximum likelihood of all responses."""
+    from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
+    if rank() == 0:
+        texts = [p.prompt + r for p in pairs for r in (p.chosen, p.rejected)]
+        GPT2TokenizerFast().train_new_from_iterator(texts, 512, show_progress=False).save_pretrained(folder)
+    barrier()
+    tokenizer = load_tokenizer(str(folder))
+    seed_everything(cfg.seed)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
+    cfg = other_config(Config, cfg, {"lr": 1e-2, "steps": 400, "batch_size": 32})
+    prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)
+    responses = encode_responses(tokenizer, [r for p in pairs for r in (p.chosen, p.rejected)], cfg.max_response_tokens)
+    examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    policy = distributed(Policy(model.to(device()), cfg))
+    optimizer, schedule = make_optimizer(policy, cfg, cfg.steps)
+
+    def eager_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nll = negative_log_likelihood(logits, targets)
+        logits.copy_(logits.softmax(-1)).scatter_add_(1, targets[:, None], -torch.ones_like(nll)[:, None])
+        return nll
+    with metrics(folder, cfg.steps, cfg) as log:
+        for step, batch in enumerate(batches(examples, cfg)):
+            for micro in accumulate(policy, batch.micros):
+                loss = policy(micro, eager_nll_, micro.targets) / batch.normaliser
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            log(step, loss=loss.detach())
+    save_folder(folder, model, tokenizer, cfg, "# The toy world's base policy\n")

@@ -1,0 +1,136 @@
+"""Decision Transformer: learn what a response of each reward looks like, then ask for a high reward.
+
+    training   L = - sum_i sum_t log p(y_it | x_i, z_i, y_i<t)  /  sum_i |y_i|
+    sampling   y ~ p(. | x, z*), with a high z*; guided by g: (1 + g) log p(. | x, z*) - g log p(. | x)
+
+The reward, standardised, is written behind the prompt: `{prompt} <rm_score>: 1.52 ` and the response follows.  The loss
+is the response's alone; all samples are learnt from, the bad ones too.  (Hu et al. 2023, arXiv 2308.12050, "conditional
+alignment"; Chen et al. 2021, arXiv 2106.01345.  Guidance drops the tag from some examples, after Ho & Salimans 2022,
+arXiv 2207.12598.)  Left out: returns-to-go at each token, since here the reward comes once, at the end.
+
+    python dt.py                                               the toy world, one CPU
+    torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import common
+import reward_model
+from common import Example, Samples, knob, print0
+
+
+@dataclass
+class Config(common.Config):
+    """The algorithm's own knobs."""
+    target: list[str] = knob(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, or quantiles of the samples' (q95); the last is the default one")
+    guidance: float = knob(0.5, "one more row: the last target, guided so much towards it; 0 for none")
+    condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some", of="training")
+    reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
+    reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it", toy="digit", of="training")
+    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=1e-2, of="training")
+    steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require(0 <= self.condition_dropout < 1, f"--condition_dropout is a share below 1, not {self.condition_dropout}")
+        common.require(0 <= self.guidance < math.inf, f"--guidance must be 0 or above, not {self.guidance}")
+        common.require(not self.guidance or self.condition_dropout > 0, "--guidance needs a --condition_dropout above 0")
+        common.require(0 < self.reward_step < math.inf, f"--reward_step must be above 0, not {self.reward_step}")
+        common.require(self.reward_format in ("decimal", "digit"), f"--reward_format is decimal or digit, not {self.reward_format!r}")
+        for target in self.target:
+            wish(target, np.zeros(1))
+
+
+@torch.compile(dynamic=True)
+def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
+
+    loss = -log softmax(logits)[target] where the mask (N,) is true, else 0.  The mask is true for response tokens only:
+    prompt and reward tag are given, never predicted.  Log-sum-exp and loss in float32 (float64 for float64).  A masked
+    row's target may be anything.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
+    w = mask.to(x.dtype)                                                        # (N,)
+    targets = torch.where(mask, targets, 0)
+    log_z = x.logsumexp(dim=1)                                                  # (N,)
+    loss = w * (log_z - x.gather(1, targets[:, None]).squeeze(1))
+    is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
+    logits.copy_(((x - log_z[:, None]).exp() - is_target.to(x.dtype)) * w[:, None])
+    return loss
+
+
+def condition(z: float, cfg: Config) -> str:
+    """What stands between prompt and response, in training and sampling alike: the reward, rounded to cfg.reward_step."""
+    steps = round(z / cfg.reward_step)
+    reward = f"{min(max(steps + 4, 0), 9)}" if cfg.reward_format == "digit" else f"{steps * cfg.reward_step + 0.0:.2f}"
+    return f" <rm_score>: {reward} "
+
+
+def wish(target: str, z: np.ndarray) -> float:
+    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z.  Raises BadInput for anything else."""
+    try:
+        value = float(np.quantile(z, float(target[1:]) / 100)) if target.startswith("q") else float(target)
+    except ValueError:
+        value = math.nan
+    common.require(math.isfinite(value), f"--target takes numbers or quantiles from q0 to q100, not {target!r}")
+    return value
+
+
+def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
+    """Labelled samples -> examples: all of them, the reward behind the prompt except where it is dropped."""
+    z = samples.z(samples.rewards)
+    dropped = np.random.default_rng(cfg.seed).random(len(z)) < cfg.condition_dropout
+    tags = ["" if drop else condition(reward, cfg) for reward, drop in zip(z, dropped)]
+    print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; an example:{condition(z[0], cfg)}")
+    prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens, tags)
+    responses = common.encode_samples(tokenizer, samples.rows, cfg)
+    return [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+
+
+def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
+    """Trains the policy, from the base policy's weights, into the folder."""
+    tokenizer, policy = common.load_tokenizer(base), common.load_policy(base, cfg)
+    examples = prepare(samples, tokenizer, cfg)
+    steps = common.count_steps(len(examples), cfg)
+    optimizer, schedule = common.make_optimizer(policy, cfg, steps)
+    common.print_plan(len(examples), sum(len(e.ids) for e in examples), cfg)
+
+    with common.metrics(folder, steps, cfg) as log:
+        for step, batch in enumerate(common.batches(examples, cfg)):
+            loss = 0.0
+            for micro in common.accumulate(policy, batch.micros):
+                part = policy(micro, conditioned_nll_, micro.targets, micro.mask) / batch.normaliser
+                part.backward()
+                loss += part.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            log(step, loss=loss, grad_norm=grad_norm, lr=schedule.get_last_lr()[0], tokens=batch.tokens)
+    common.save_policy(folder, policy, tokenizer, cfg, CARD.format(tag=condition(wish(cfg.target[-1], samples.z(samples.rewards)), cfg)))
+
+
+CARD = """Reward-conditioned SFT (Decision Transformer). Write the reward that you ask for, standardised, behind the prompt, white space included:
+
+    {{prompt}}{tag}
+
+`condition` in run.json holds the template, its step and format, and the mean and standard deviation of the rewards."""
+
+
+def main(cfg: Config) -> None:
+    base, samples, score = reward_model.labelled_samples(cfg)
+    folder, cost = common.trained(cfg, "dt", base, samples, train)
+    z = samples.z(samples.rewards)
+    variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]
+    if cfg.guidance:
+        variants.append(variants[-1]._replace(name=f"{variants[-1].name}, guidance {cfg.guidance:g}", guidance=cfg.guidance))
+    common.evaluate(cfg, "dt", folder, variants, base, samples, score, cost)
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)

@@ -1,0 +1,262 @@
+"""Bradley-Terry reward model: a scalar head on the base policy, taught by which of two responses people preferred.
+
+    P(chosen > rejected) = sigma(r_c - r_r)
+    L = mean over pairs of  -log sigma(r_c - r_r - margin) + centering * (r_c + r_r)^2
+
+(Stiennon et al. 2020, arXiv 2009.01325, equation 1; the margin is Llama 2's, the centering Eisenstein et al.'s, arXiv
+2312.09244.)  The score is read at a response's last token, EOS where it has one.  The folder it leaves is an
+AutoModelForSequenceClassification with num_labels=1.  Left out: ensembles, and ranks of more than two responses.
+
+    python reward_model.py                                     the toy world, one CPU
+    torchrun --nproc_per_node=8 reward_model.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
+"""
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+import common
+from common import Cost, Pair, Samples, knob, print0
+
+
+@dataclass
+class Config(common.Config):
+    """The reward model's own knobs."""
+    margin: float = knob(0.0, "how much higher the chosen response must score", of="training")
+    centering: float = knob(0.0, "pull of a pair's scores towards 0 (0.01 is usual)", of="training")
+    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
+    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=300, of="training")
+    batch_size: int = knob(64, "preference pairs per optimiser step, all ranks together", toy=16, of="training")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require(math.isfinite(self.margin), f"--margin must be a finite number, not {self.margin}")
+        common.require(0 <= self.centering < math.inf, f"--centering must be 0 or above, not {self.centering}")
+
+
+@torch.compile(dynamic=True)
+def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> torch.Tensor:
+    """scores (P, 2), chosen and rejected, become d loss / d scores in place; returns each pair's loss (P,).
+
+    loss = -log sigma(d) + centering * s^2 with d = r_c - r_r - margin and s = r_c + r_r, in float32 (float64 for float64).
+    """
+    r = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    d, s = r[:, 0] - r[:, 1] - margin, r[:, 0] + r[:, 1]
+    slope = -torch.sigmoid(-d)                                            # d(-log sigma(d)) / dd
+    pull = 2 * centering * s
+    scores.copy_(torch.stack([slope + pull, -slope + pull], dim=1))
+    return torch.nn.functional.softplus(-d) + centering * s.square()
+
+
+class RewardModel(torch.nn.Module):
+    """A transformers sequence classifier read at each row's last token, the head in float32 whatever the body's dtype."""
+
+    def __init__(self, model: Any, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T), padded on the right, and the place of each row's last token (B,) -> scores (B,), float32."""
+        common.count_flops(self.model, input_ids.numel(), 0, passes=3 if self.training else 1)
+        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+        hidden = hidden[torch.arange(len(last), device=last.device), last]                          # (B, D)
+        return torch.nn.functional.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1)
+
+
+class EncodedPair(NamedTuple):
+    """Token ids of prompt + chosen and of prompt + rejected."""
+    chosen: list[int]
+    rejected: list[int]
+
+
+class PairBatch(NamedTuple):
+    """What one forward takes: P pairs as 2 P rows, each pair's chosen before its rejected."""
+    input_ids: torch.Tensor  # (2 P, T) int64, padded on the right: causal attention needs no mask
+    last: torch.Tensor       # (2 P,) int64, where each row's last token stands
+    weight: torch.Tensor     # (P,) float32, the pair's share in the mean; 0 where a rank only keeps the others company
+
+
+def prepare(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[EncodedPair]:
+    """Preference pairs -> token ids, prompt and responses cut alike."""
+    prompts = common.encode_prompts(tokenizer, [p.prompt for p in pairs], cfg.max_prompt_tokens)
+    chosen, rejected = (common.encode_responses(tokenizer, [getattr(p, side) for p in pairs], cfg.max_response_tokens)
+                        for side in ("chosen", "rejected"))
+    return [EncodedPair(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected)]
+
+
+def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids as (B, T), and the place of each row's last token (B,)."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.as_tensor(row)
+    return ids.to(common.device()), torch.tensor([len(row) - 1 for row in rows], device=common.device())
+
+
+def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch]]:
+    """This rank's micro-batches of each optimiser step; weights are of the mean over the step's pairs, all ranks together."""
+    for indices in common.step_indices(len(examples), cfg):
+        step = [examples[i] for i in indices]
+        share = common.world_size() / len(step)  # DDP averages gradients over ranks
+        yield [PairBatch(*pad_right([side for i in hand or [0] for side in step[i]]),
+                         weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()))
+               for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
+
+
+def train(cfg: Config, base: str, folder: Path) -> None:
+    """Trains the reward model, from the base policy's weights, into the folder."""
+    common.seed_everything(cfg.seed)
+    pairs, _ = common.load_pairs(cfg)
+    model, tokenizer = new_classifier(base)
+    examples = prepare(pairs, tokenizer, cfg)
+    reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)))
+    steps = common.count_steps(len(examples), cfg)
+    optimizer, schedule = common.make_optimizer(reward_model, cfg, steps)
+    common.print_plan(len(examples), sum(len(ids) for pair in examples for ids in pair), cfg)
+
+    with common.metrics(folder, steps, cfg) as log:
+        for step, micros in enumerate(batches(examples, cfg)):
+            loss = accuracy = 0.0
+            for micro in common.accumulate(reward_model, micros):
+                scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)
+                gradient = scores.detach().clone()
+                losses = bradley_terry_(gradient, cfg.margin, cfg.centering)            # (P,)
+                scores.backward(gradient * micro.weight[:, None])
+                loss += losses @ micro.weight
+                accuracy += (scores[:, 0] > scores[:, 1]).float() @ micro.weight
+            grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
+            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=schedule.get_last_lr()[0],
+                tokens=sum(micro.last.sum() + len(micro.last) for micro in micros))
+    common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
+
+
+CARD = """# A Bradley-Terry reward model
+
+Trained from `{base}` on {pairs} preference pairs. The score of a response is read at its last token, EOS:
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
+inputs = tokenizer([prompt + response + tokenizer.eos_token], return_tensors="pt", padding=True)
+score = model(**inputs).logits[:, 0]
+```
+"""
+
+
+def new_classifier(base: str) -> tuple[Any, Any]:
+    """The base policy's body under a new head, and its tokenizer with a padding token of its own.
+
+    transformers reads a classifier at the last token that is not padding: were padding EOS, it would miss the EOS.
+    """
+    from transformers import AutoModelForSequenceClassification
+    tokenizer = common.load_tokenizer(base)
+    with common.hub_errors(base, "a causal language model"):
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True)
+    common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head, so it cannot be a reward model here")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    return model.to(common.device()), tokenizer
+
+
+@functools.lru_cache(maxsize=2)
+def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
+    """A reward model's folder, ready to score, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification
+    with common.hub_errors(folder, "a reward model (sequence classification, num_labels=1)"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    common.require(model.config.num_labels == 1 and hasattr(model, "score"),
+                   f"{folder}: not a reward model: it needs a sequence classifier with num_labels=1 and a `score` head")
+    return RewardModel(model.to(common.device()).eval(), dtype), common.load_tokenizer(folder)
+
+
+@torch.inference_mode()
+def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], truncated: list[bool]) -> list[float]:
+    """The reward model's raw scores, in the rows' order on every rank; a row's score does not depend on its batch."""
+    model, tokenizer = load_scorer(folder, common.compute_dtype(cfg))
+    rows = [p + r for p, r in zip(common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens),
+                                  common.encode_responses(tokenizer, responses, cfg.max_response_tokens, truncated))]
+    share = rows[common.rank()::common.world_size()]
+    found: dict[int, float] = {}
+    for group in common.progress(common.cut_by_tokens([len(r) for r in share], 4 * cfg.micro_batch_tokens), "scoring"):
+        found.update(zip(group, model(*pad_right([share[i] for i in group])).tolist()))
+    return common.gather_rows([found[i] for i in range(len(share))], len(rows))
+
+
+def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
+    """Accuracy on held-out pairs: overall, by margin against what sigma(margin) promises, and of length alone."""
+    chosen, rejected = (np.array(score(cfg, folder, [p.prompt for p in pairs], [getattr(p, side) for p in pairs], [False] * len(pairs)))
+                        for side in ("chosen", "rejected"))
+    margin, right = np.abs(chosen - rejected), chosen > rejected
+    longer = np.array([np.sign(len(p.chosen) - len(p.rejected)) / 2 + 0.5 for p in pairs]).mean()
+    print0(f"  held-out pairs: {len(pairs)}, accuracy {right.mean():.3f} ± {right.std() / math.sqrt(len(pairs)):.3f}; control: "
+           f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+    bins = []
+    for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
+        inside = (low <= margin) & (margin < high)
+        if inside.any():
+            bins.append({"margin": [low, high], "pairs": int(inside.sum()), "accuracy": float(right[inside].mean()),
+                         "promised": float((1 / (1 + np.exp(-margin[inside]))).mean())})
+            print0(f"    margin {low} to {high}: {bins[-1]['pairs']:5} pairs, accuracy {bins[-1]['accuracy']:.2f}, promised {bins[-1]['promised']:.2f}")
+    return {"held_out_pairs": len(pairs), "accuracy": float(right.mean()), "longer_wins": float(longer), "by_margin": bins}
+
+
+def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[str, Cost]:
+    """The reward model's folder and cost: --reward_model, or the run's own, trained if it is missing or was trained otherwise.
+
+    `own` holds the training flags that are asked for; without it those that the folder was trained with are kept.
+    """
+    if cfg.reward_model:
+        return cfg.reward_model, Cost()
+    folder = Path(cfg.out) / "rm"
+    wanted = common.settings(cfg, "data", base=common.policy_fingerprint(base), **common.settings(own, "training") if own else {})
+    if not common.is_fresh("reward model", folder / "run.json", wanted):
+        own = own or common.other_config(Config, cfg, common.read_record(folder / "run.json").get("settings", {}))
+        wanted.update(common.settings(own, "training"))
+        with common.new_folder(folder) as work:
+            with common.measured() as cost:
+                train(own, base, work)
+            load_scorer.cache_clear()
+            common.write_record(work / "run.json", wanted, cost, report=report(cfg, str(work), common.load_pairs(cfg)[1]))
+    return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
+
+
+class Road(NamedTuple):
+    """All that lies before an algorithm: base policy, labelled samples, and the scorer (None if there is no reward model)."""
+    base: str
+    samples: Samples
+    score: Optional[Callable]
+
+
+def labelled_samples(cfg: common.Config) -> Road:
+    """Base policy, reward model and labelled samples, each built where it is missing."""
+    base = common.base_policy(cfg)
+    if cfg.samples and not (cfg.toy or cfg.preferences or cfg.reward_model):
+        print0("no reward model: --samples brings the rewards, and evaluation shows none")
+        return Road(base, common.given_samples(cfg, ""), None)
+    folder, cost = built(cfg, base)
+    scorer = functools.partial(score, cfg, folder)
+    if cfg.samples:
+        return Road(base, common.given_samples(cfg, common.policy_fingerprint(folder)), scorer)
+    return Road(base, common.labelled_samples(cfg, base, common.policy_fingerprint(folder), scorer, cost), scorer)
+
+
+def main(cfg: Config) -> None:
+    common.require(not cfg.reward_model, "--reward_model brings a finished one; leave it away to train one")
+    common.require(cfg.toy or bool(cfg.preferences), "a reward model is trained on --preferences")
+    folder, _ = built(cfg, common.base_policy(cfg), own=cfg)
+    print0(f"  accuracy on held-out pairs {common.read_record(Path(folder) / 'run.json')['report']['accuracy']:.3f}")
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)
