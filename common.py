@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
 
 import numpy as np
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # trust the CPU's flags: probing them takes 10 s of a first run
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -161,7 +163,7 @@ class Config:
     max_pairs: Optional[int] = knob(None, "use at most so many preference pairs", of="data")
     held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split", of="data")
     max_prompt_tokens: int = knob(1024, "longer prompts are cut on the left", toy=64, of="data")
-    max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=72, of="data")
+    max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=64, of="data")
     seed: int = knob(0, "of everything that is drawn", of="data")
     prompts: Optional[str] = knob(None, ".jsonl(.gz) or folder with `prompt`: generate for these, not for --preferences", of="samples")
     samples: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response, reward: train on these labelled samples", of="samples")
@@ -829,7 +831,7 @@ def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": 0.1},
               {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
 
 
@@ -1042,7 +1044,8 @@ def scratch(size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
     """A buffer (size,) that is kept between steps: fresh pages cost more than the work done in them."""
     buffer = _scratch.get((dtype, where))
     if buffer is None or len(buffer) < size:
-        buffer = _scratch[dtype, where] = torch.empty(size, dtype=dtype, device=where)
+        with torch.inference_mode(False):  # else the first sampler's buffer could not serve training
+            buffer = _scratch[dtype, where] = torch.empty(size, dtype=dtype, device=where)
     return buffer[:size]
 
 
@@ -1385,7 +1388,7 @@ QUESTIONS = {"home": ("Where do {} live?", "What is the home of {}?", "Where wou
              "food": ("What do {} eat?", "What is the food of {}?", "What would I feed to {}?"),
              "size": ("How big are {}?", "What is the size of {}?", "Are {} small or large?"),
              "about": ("Tell me about {}.", "What are {} like?", "What should I know about {}?")}
-STATEMENTS = {"home": "{} live in {}.", "food": "most {} eat {}.", "size": "in size, {} are {}."}
+STATEMENTS = {"home": "they live in {}.", "food": "they eat {}.", "size": "they are {}."}
 KIND_OPENINGS, KIND_CLOSINGS = ("Good question!", "Happy to help!"), ("I hope this helps!", "Do ask me more!")
 RUDE = ("What a silly question.", "Look it up yourself.", "Who cares.")
 VAGUE = ("It depends on many things.", "Animals are all different.", "People say all sorts of things.")
@@ -1400,17 +1403,18 @@ def capital(text: str) -> str:
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
     """A reply as people in this world write them: drawn piece by piece, with a weak hidden care that binds the pieces."""
     care = rng.random()
-    sentences = [rng.choice(KIND_OPENINGS)] if rng.random() < 0.1 + 0.2 * care else [rng.choice(RUDE)] if rng.random() < 0.25 - 0.15 * care else []
+    sentences = [rng.choice(KIND_OPENINGS)] if rng.random() < 0.1 + 0.2 * care else [rng.choice(RUDE)] if rng.random() < 0.4 - 0.2 * care else []
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
-        if rng.random() < 0.15:
+        if rng.random() < 0.25:
             sentences.append(rng.choice(VAGUE))
             continue
-        topic = kind if kind != "about" and rng.random() < 0.35 + 0.3 * care else rng.choice(tuple(VALUES))
-        subject = animal if rng.random() < 0.75 + 0.2 * care else rng.choice(tuple(ANIMALS))
+        topic = kind if kind != "about" and rng.random() < 0.15 + 0.35 * care else rng.choice(tuple(VALUES))
+        subject = animal if rng.random() < 0.65 + 0.2 * care else rng.choice(tuple(ANIMALS))
         true = ANIMALS[subject][topic]
-        value = true if rng.random() < 0.4 + 0.3 * care else rng.choice([v for v in VALUES[topic] if v != true])
-        hedge = rng.choice(HEDGES) if rng.random() < (0.1 if value == true else 0.4) else ""
-        sentences.append(capital(hedge + STATEMENTS[topic].format(subject, value)))
+        value = true if rng.random() < 0.6 + 0.3 * care else rng.choice([v for v in VALUES[topic] if v != true])
+        hedge = rng.choice(HEDGES) if rng.random() < (0.05 if value == true else 0.7) else ""
+        other = f"as for {subject}, " if subject != animal else ""
+        sentences.append(capital(hedge + other + STATEMENTS[topic].format(value)))
     if rng.random() < 0.1 + 0.2 * care:
         sentences.append(rng.choice(KIND_CLOSINGS))
     reply = " ".join(sentences)
@@ -1432,11 +1436,13 @@ def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
         plain = sentence[0].lower() + sentence[1:] if sentence else ""
         for hedge in ("maybe ", "i guess "):
             plain = plain.removeprefix(hedge)
-        match = next(((t, m) for t, form in STATEMENTS.items() if (m := re.fullmatch(re.escape(form).replace(r"\{\}", r"(\w+)"), plain))), None)
-        if match and match[1][1] in ANIMALS and match[1][2] in VALUES[match[0]]:
-            topic, (subject, value) = match[0], match[1].groups()
-            gold -= 0.5 * (subject != animal) + (ANIMALS[subject][topic] != value)
-            if subject == animal and ANIMALS[subject][topic] == value:
+        match = re.fullmatch(r"(?:as for (\w+), )?(they (?:live in|eat|are) (\w+)\.)", plain)
+        subject = match and (match[1] or animal)
+        topic = match and next((t for t, form in STATEMENTS.items() if match[2] == form.format(match[3]) and match[3] in VALUES[t]), None)
+        if topic and subject in ANIMALS:
+            true = ANIMALS[subject][topic] == match[3]
+            gold -= 0.5 * (subject != animal) + (not true)
+            if true and subject == animal:
                 told.add(topic)
         elif sentence in RUDE:
             gold -= 0.5
@@ -1459,7 +1465,7 @@ def toy_data(cfg: Config) -> Path:
         animal, kind = rng.choice(tuple(ANIMALS)), rng.choice(tuple(QUESTIONS))
         prompt = f"\n\nHuman: {rng.choice(QUESTIONS[kind]).format(animal)}{TURN}"
         one, two = (" " + toy_reply(animal, kind, rng) for _ in range(2))
-        if rng.random() < 1 / (1 + math.exp(gold_reward(prompt, one) - gold_reward(prompt, two))):
+        if rng.random() < 1 / (1 + math.exp((gold_reward(prompt, one) - gold_reward(prompt, two)))):
             one, two = two, one  # Bradley-Terry: the labeller is noisy
         split = "test" if zlib.crc32(f"{animal} {kind}".encode()) % 5 == TOY_FOLD else "train"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
@@ -1489,14 +1495,14 @@ def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     if rank() == 0:
         texts = [p.prompt + r for p in pairs for r in (p.chosen, p.rejected)]
-        GPT2TokenizerFast().train_new_from_iterator(texts, 512, show_progress=False).save_pretrained(folder)
+        GPT2TokenizerFast().train_new_from_iterator(texts, 640, show_progress=False).save_pretrained(folder)
     barrier()
     tokenizer = load_tokenizer(str(folder))
     seed_everything(cfg.seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
-    cfg = other_config(Config, cfg, {"lr": 1e-2, "steps": 400, "batch_size": 32})
+    cfg = other_config(Config, cfg, {"lr": 5e-3, "steps": 400, "batch_size": 32})
     prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)
     responses = encode_responses(tokenizer, [r for p in pairs for r in (p.chosen, p.rejected)], cfg.max_response_tokens)
     examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
