@@ -103,6 +103,7 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
     script = Path(sys.argv[0]).name
     try:
         cfg = parse(Config, args)
+        quieten_transformers()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -113,18 +114,26 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
     except BadInput as problem:
         print(f"{script}: {problem}", file=sys.stderr)
         sys.exit(2)
-    except OSError as problem:
-        if problem.filename is None and problem.errno is None:
-            raise  # no file is named: a fault of ours, and its traceback is wanted
-        print(f"{script}: {problem.filename or cfg.out}: {problem.strerror}; files that were there before are untouched",
-              file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print0(f"\n{script}: interrupted; finished stages are kept, the same command goes on from them", file=sys.stderr)
         sys.exit(130)
+    except Exception as problem:
+        full = "No space left on device" in str(problem)  # safetensors and torch wrap it in errors of their own
+        if not full and not (isinstance(problem, OSError) and problem.errno):
+            raise
+        where, why = getattr(problem, "filename", None) or cfg.out, "No space left on device" if full else problem.strerror
+        print(f"{script}: {where}: {why}; what was there before is untouched", file=sys.stderr)
+        sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def quieten_transformers() -> None:
+    """Its bars and load reports would drown the trainers' own lines; its errors stay."""
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def seed_everything(seed: int) -> None:
@@ -189,6 +198,7 @@ class Config:
             require(getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
         for name in ("max_pairs", "steps"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
+        require(self.seed >= 0, f"--seed must be 0 or above, not {self.seed}")
         require(math.isfinite(self.lr), f"--lr must be a finite number, not {self.lr}")
         require(0 < self.held_out < 1, f"--held_out is a share between 0 and 1, not {self.held_out}")
         require(0 < self.top_p <= 1, f"--top_p is a probability above 0, not {self.top_p}")
@@ -307,7 +317,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     barrier()
-    yield work
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()  # if it holds nothing else
+        raise
     barrier()
     if rank() == 0:
         shutil.rmtree(old, ignore_errors=True)
@@ -487,8 +503,8 @@ def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int, suffixes: Opt
 def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Messages through the chat template, up to where the reply begins; special-token text in a message stays text."""
     require(tokenizer.chat_template is not None, "the data are chat messages, but the tokenizer has no chat template")
-    special = [m for m in messages if any(s in m["content"] for s in tokenizer.all_special_tokens)]
-    if not special:
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if not any(token in m["content"] for m in messages for token in special):
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
     pieces = re.split("\ue000(\\d+)\ue001", tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
@@ -567,17 +583,6 @@ def field_of(place: str, row: dict, name: str, kinds: tuple = (str,), expected: 
     return row[name]
 
 
-def split_response(place: str, name: str, text: Any) -> tuple[Any, str]:
-    """A whole conversation as (prompt, last response): a transcript is split at its last Assistant turn."""
-    if isinstance(text, str):
-        prompt, turn, response = text.rpartition(TURN)
-        require(bool(turn), f"{place}: the field {name!r} has no {TURN!r}; without a `prompt` it must be a full transcript")
-        return prompt + turn, response
-    check_messages(place, name, text)
-    require(text[-1]["role"] == "assistant", f"{place}: the last message of {name!r} must be the assistant's")
-    return text[:-1], text[-1]["content"]
-
-
 def check_messages(place: str, name: str, messages: Any) -> None:
     """Raises BadInput unless it is a list of {"role", "content"} with text in both."""
     require(isinstance(messages, list) and len(messages) > 0 and
@@ -594,19 +599,23 @@ def prompt_of(place: str, row: dict) -> Any:
     return prompt
 
 
-def parse_pair(place: str, row: dict) -> tuple[Any, Any, str, str]:
-    """A preference row as (prompt of chosen, prompt of rejected, chosen, rejected)."""
-    sides = []
-    for name in ("chosen", "rejected"):
-        text = field_of(place, row, name, (str, list), "text or chat messages")
-        if isinstance(text, str) and "prompt" in row:
-            sides.append((prompt_of(place, row), text))
-        else:
-            prompt, response = split_response(place, name, [*row.get("prompt", []), *text] if isinstance(text, list)
-                                              and isinstance(row.get("prompt"), list) and row["prompt"] != text[:len(row["prompt"])] else text)
-            require(bool(prompt if isinstance(prompt, list) else prompt[:-len(TURN)].strip()), f"{place}: the prompt of {name!r} is empty")
-            sides.append((prompt, response))
-    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
+    """One side of a preference row as (prompt, response); without a `prompt` field it must be a whole conversation."""
+    value = field_of(place, row, name, (str, list), "text or chat messages")
+    prompt = prompt_of(place, row) if "prompt" in row else None
+    if isinstance(value, str) and prompt is not None:
+        return prompt, value
+    if isinstance(value, str):
+        start, turn, response = value.rpartition(TURN)
+        require(bool(turn), f"{place}: the field {name!r} has no {TURN!r}; without a `prompt` it must be a full transcript")
+        require(bool(start.strip()), f"{place}: the prompt of {name!r} is empty")
+        return start + turn, response
+    check_messages(place, name, value)
+    if isinstance(prompt, list) and value[:len(prompt)] != prompt:
+        value = prompt + value  # some data sets repeat the prompt's messages in each side, some do not
+    require(value[-1]["role"] == "assistant" and len(value) > 1,
+            f"{place}: the field {name!r} must end with the assistant's reply to something")
+    return value[:-1], value[-1]["content"]
 
 
 def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
@@ -620,7 +629,7 @@ def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
     is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, source) if os.path.isdir(source) else "")) for f in files}
     for file in files:
         for place, row in read_rows(file):
-            prompt, other, chosen, rejected = parse_pair(place, row)
+            (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
             if prompt != other:
                 prompts_differ += 1
             elif not chosen.strip() or not rejected.strip():
@@ -657,7 +666,7 @@ def read_prompts(source: str) -> list:
     found = {}
     for file in data_files(source):
         for place, row in read_rows(file):
-            prompt = prompt_of(place, row) if "prompt" in row or "chosen" not in row else parse_pair(place, row)[0]
+            prompt = conversation(place, row, "chosen")[0] if "chosen" in row else prompt_of(place, row)
             found.setdefault(prompt_key(prompt), prompt)
     require(bool(found), f"{source}: no prompt in it")
     return list(found.values())
@@ -844,18 +853,22 @@ def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str
     barrier()
 
 
-def save_policy(folder: Path, policy: torch.nn.Module, tokenizer: Any, cfg: Config, about: str) -> None:
-    """Writes the trained policy's folder; `about` opens its model card."""
-    card = f"# An aligned policy\n\n{about}\n\n{HOW_TO_SAMPLE}"
+def save_policy(folder: Path, policy: torch.nn.Module, tokenizer: Any, cfg: Config, about: str, tag: str = "") -> None:
+    """Writes the trained policy's folder; its model card opens with `about`, and shows what is written behind a prompt."""
+    card = MODEL_CARD.format(about=about, prompt=f"prompt + {tag!r}" if tag else "prompt")
     save_folder(folder, getattr(policy, "module", policy).model, tokenizer, cfg, card)
 
 
-HOW_TO_SAMPLE = """Sampling by transformers alone:
+MODEL_CARD = """# An aligned policy
+
+{about}
+
+Sampling by transformers alone:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer(prompt, return_tensors="pt")
+inputs = tokenizer({prompt}, return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=128)[0]))
 ```
 """
@@ -1174,7 +1187,8 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstr
     """The run's samples.jsonl: responses of the data and of the base policy, labelled by score(); built where missing."""
     path = Path(cfg.out) / "samples.jsonl"
     record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base), scorer=scorer)
-    if not is_fresh("samples", record, wanted) or read_record(record)["bytes"] != path.stat().st_size:
+    whole = path.exists() and read_record(record).get("bytes") == path.stat().st_size
+    if not is_fresh("samples", record, wanted) or not whole:
         with measured() as generating:
             rows = collect_responses(cfg, base)
         with measured() as labelling:
@@ -1319,15 +1333,17 @@ def print_conversations(replies: dict[str, list[dict]]) -> None:
 
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
     """The table of comparable rows: those of the same data and evaluation."""
-    columns = {"gold": ".2f", "reward": "+.2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".0f", "distinct_2": ".3f",
-               "eos_rate": ".2f", "train_seconds": ".0f", "total_seconds": ".0f", "train_flops": ".1e", "total_flops": ".1e"}
-    columns = {c: f for c, f in columns.items() if any(r[c] is not None for r in rows)}
-    width = max([7] + [len(f"{r['algorithm']} {r['variant']}") for r in rows])
-    print0("\n" + " " * width + "  seed  " + "  ".join(c.replace("response_", "").replace("train_", "").replace("total_", "all ") for c in columns))
+    columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"), "KL": ("kl_to_base", ".1f"),
+               "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"), "EOS": ("eos_rate", ".2f"),
+               "train s": ("train_seconds", ".0f"), "in all": ("total_seconds", ".0f"),
+               "train FLOP": ("train_flops", ".1e"), "in all ": ("total_flops", ".1e")}
+    columns = {head: (name, form) for head, (name, form) in columns.items() if any(r[name] is not None for r in rows)}
+    width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
+    print0("\n" + " " * width + "  seed  " + "  ".join(f"{head:>6}" for head in columns))
     for r in sorted(rows, key=row_key):
-        cells = ("-" if r[c] is None else format(r[c], f) for c, f in columns.items())
-        heads = (c.replace("response_", "").replace("train_", "").replace("total_", "all ") for c in columns)
-        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  " + "  ".join(f"{cell:>{len(h)}}" for cell, h in zip(cells, heads)))
+        cells = ("-" if r[name] is None else format(r[name], form) for name, form in columns.values())
+        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  "
+               + "  ".join(f"{cell:>{max(6, len(head))}}" for cell, head in zip(cells, columns)))
     if in_file > len(rows):
         print0(f"({in_file - len(rows)} rows of other data or evaluation settings are in leaderboard.jsonl and not shown)")
 

@@ -34,7 +34,7 @@ class Config(common.Config):
     condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some", of="training")
     reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
     reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it", toy="digit", of="training")
-    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=1e-2, of="training")
+    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=5e-3, of="training")
     steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
     return [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
 
 
-def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
+def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
     """Trains the policy, from the base policy's weights, into the folder."""
     tokenizer, policy = common.load_tokenizer(base), common.load_policy(base, cfg)
     examples = prepare(samples, tokenizer, cfg)
@@ -112,14 +112,15 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()
             log(step, loss=loss, grad_norm=grad_norm, lr=schedule.get_last_lr()[0], tokens=batch.tokens)
-    common.save_policy(folder, policy, tokenizer, cfg, CARD.format(tag=condition(wish(cfg.target[-1], samples.z(samples.rewards)), cfg)))
+    target = wish(cfg.target[-1], samples.z(samples.rewards))
+    common.save_policy(folder, policy, tokenizer, cfg, ABOUT, tag=condition(target, cfg))
+    return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step, "format": cfg.reward_format,
+                          "mean": samples.mean, "std": samples.std, "default_target": target}}
 
 
-CARD = """Reward-conditioned SFT (Decision Transformer). Write the reward that you ask for, standardised, behind the prompt, white space included:
-
-    {{prompt}}{tag}
-
-`condition` in run.json holds the template, its step and format, and the mean and standard deviation of the rewards."""
+ABOUT = """Reward-conditioned SFT (Decision Transformer). The reward that is asked for stands behind the prompt, in
+standard deviations from the mean of the samples, rounded; white space counts. `condition` in run.json holds the
+template, its step and format, the rewards' mean and standard deviation, and the default target."""
 
 
 def main(cfg: Config) -> None:

@@ -133,7 +133,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()
             log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=schedule.get_last_lr()[0],
-                tokens=sum(micro.last.sum() + len(micro.last) for micro in micros))
+                tokens=sum(micro.last.sum() + len(micro.last) for micro in micros) * common.world_size())
     common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
 
 

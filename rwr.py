@@ -30,8 +30,8 @@ from common import Example, Samples, knob, print0
 class Config(common.Config):
     """The algorithm's own knobs."""
     beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", of="training")
-    w_max: float = knob(20.0, "cap on a weight; inf for none", of="training")
-    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=5e-3, of="training")
+    w_max: float = knob(20.0, "cap on a weight; inf for none", toy=math.inf, of="training")
+    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:

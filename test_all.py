@@ -1,0 +1,708 @@
+"""The promises this project makes, each guarded by a test of that name.  Offline, on tiny models, in a few minutes.
+
+    python -m pytest test_all.py
+"""
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import dt
+import mle_filter
+import reward_model
+import rwr
+from common import BadInput, Example, Sample, Samples
+
+HERE = Path(__file__).parent
+V, D = 97, 16
+
+
+# ------------------------------------------------------------------------------------------------------ fixtures
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A tiny run of the whole road, made by dt.py through the command line: (folder, what it printed)."""
+    out = tmp_path_factory.mktemp("run") / "toy"
+    script("reward_model.py", "--out", out, "--steps", "20")
+    return out, script("dt.py", *TINY, "--out", out, "--steps", "8", "--target", "-1", "q50", "q99").stdout
+
+
+TINY = ["--eval_prompts", "12", "--batch_size", "8", "--samples_per_prompt", "1"]
+
+
+def script(name, *args, status=0, env=None):
+    """Runs a script in its own process; checks the exit status and that nothing ended in a traceback."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}, timeout=280)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr or status == 0
+    return done
+
+
+def config(module=common, **flags):
+    """A script's Config with the toy world's defaults."""
+    return module.Config(**{**common.toy_defaults(module.Config), **flags})
+
+
+def tiny_model(bias=False, tied=True, dtype=torch.float64, **more):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                         tie_word_embeddings=tied, initializer_range=0.3, eos_token_id=0, **more)).to(dtype)
+    if bias:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(V, dtype=dtype))
+    return model.eval()
+
+
+def examples(n=7, seed=0):
+    """Random examples of uneven length, reward and weight."""
+    rng = np.random.default_rng(seed)
+    return [Example(rng.integers(1, V, p + r).tolist(), int(p), float(z), 1.0)
+            for p, r, z in zip(rng.integers(1, 9, n), rng.integers(1, 12, n), rng.normal(size=n))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(run):
+    return common.load_tokenizer(str(run[0] / "base"))
+
+
+def samples_of(rewards, prompts=None):
+    rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i, r in enumerate(rewards)]
+    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", common.Cost())
+
+
+# ------------------------------------------------------------------------------------------- fused kernels and driver
+
+
+def plain_nll(logits, targets, mask):
+    return torch.where(mask, torch.nn.functional.cross_entropy(logits, targets, reduction="none"), 0.0)
+
+
+def plain_weighted(logits, targets, mask, z, beta=0.25, w_max=20.0, top=2.0):
+    weight = (z / beta).exp().clamp(max=w_max) / min(math.exp(top / beta), w_max)
+    return weight * plain_nll(logits, targets, mask)
+
+
+def fused_weighted(logits, targets, mask, z):
+    return rwr.weighted_nll_(logits, targets, mask, z, 2.0, 0.25, 20.0)
+
+
+KERNELS = {"mle_filter": (mle_filter.masked_nll_, plain_nll, 0), "dt": (dt.conditioned_nll_, plain_nll, 0),
+           "rwr": (fused_weighted, plain_weighted, 1)}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("rows, masked", [(9, "some"), (1, "none"), (5, "all")])
+def test_fused_kernels_equal_float64_autograd(name, rows, masked):
+    kernel, plain, extra = KERNELS[name]
+    torch.manual_seed(rows)
+    logits = torch.randn(rows, V, dtype=torch.float64, requires_grad=True)
+    targets, z = torch.randint(0, V, (rows,)), torch.randn(rows, dtype=torch.float64)
+    mask = {"some": torch.arange(rows) % 3 > 0, "none": torch.ones(rows, dtype=torch.bool), "all": torch.zeros(rows, dtype=torch.bool)}[masked]
+    expected = plain(logits, targets, mask, *[z][:extra])
+    expected.sum().backward()
+    work = logits.detach().clone()
+    loss = kernel(work, torch.where(mask, targets, -100), mask, *[z][:extra])  # a masked row's target may be anything
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(work, logits.grad)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_fused_kernels_work_in_bfloat16_with_float32_loss(name):
+    kernel, plain, extra = KERNELS[name]
+    torch.manual_seed(0)
+    logits, targets, z = torch.randn(6, V).bfloat16(), torch.randint(0, V, (6,)), torch.randn(6)
+    mask = torch.ones(6, dtype=torch.bool)
+    wide = logits.float().requires_grad_()
+    expected = plain(wide, targets, mask, *[z][:extra])
+    expected.sum().backward()
+    loss = kernel(logits, targets, mask, *[z][:extra])
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(logits.float(), wide.grad, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("margin, centering", [(0.0, 0.0), (0.5, 0.01)])
+def test_pairwise_kernel_equals_float64_autograd(margin, centering):
+    scores = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    expected = (-torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1] - margin) + centering * scores.sum(1) ** 2)
+    expected.sum().backward()
+    gradient = scores.detach().clone()
+    torch.testing.assert_close(reward_model.bradley_terry_(gradient, margin, centering), expected.detach())
+    torch.testing.assert_close(gradient, scores.grad)
+    torch.testing.assert_close(reward_model.bradley_terry_(torch.zeros(1, 2), 0.0, 0.0), torch.tensor([math.log(2)]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, bias, chunk):
+    monkeypatch.setattr(common, "CHUNK_BYTES", chunk * 128 * 8)
+    model = tiny_model(bias=bias, tied=False)
+    hidden = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    targets, mask = torch.randint(0, V, (5,)), torch.tensor([True, True, False, True, True])
+
+    def loss(hidden, weight, *bias):
+        return 0.7 * common._HeadLoss.apply(hidden, weight, bias[0] if bias else None, mle_filter.masked_nll_, targets, mask)
+
+    class Afresh(torch.autograd.Function):  # gradcheck calls backward twice, which the fused loss refuses: run it anew
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return loss(*inputs)
+
+        @staticmethod
+        def backward(ctx, upstream):
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                return torch.autograd.grad(loss(*inputs), inputs, upstream)
+    parameters = [model.lm_head.weight] + [model.lm_head.bias] * bias
+    assert torch.autograd.gradcheck(Afresh.apply, (hidden, *parameters))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_policy_gradient_equals_plain_autograd(tied):
+    model, batch = tiny_model(tied=tied), common.collate(examples())
+    policy = common.Policy(model, config())
+    policy(batch, mle_filter.masked_nll_, batch.targets, batch.mask).backward()
+    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(batch.input_ids).logits[batch.mask]
+    torch.nn.functional.cross_entropy(logits, batch.targets[batch.mask], reduction="sum").backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad)
+
+
+def test_logits_scaled_by_the_model_are_served():
+    model, batch = tiny_model(tied=False), common.collate(examples())
+    model.config.logit_scale = 0.5
+    policy = common.Policy(model, config())
+    loss = policy(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
+    expected = torch.nn.functional.cross_entropy(0.5 * model(batch.input_ids).logits[batch.mask], batch.targets[batch.mask], reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(BadInput, match="logits are not hidden states times head"):
+        common.prove_head("model", model)  # this model class does not scale its logits, so the claim is refuted
+
+
+def test_second_backward_through_the_fused_loss_is_an_error():
+    model, batch = tiny_model(), common.collate(examples())
+    loss = common.Policy(model, config())(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        loss.backward()
+
+
+def test_micro_batch_without_response_tokens_gives_zero_loss_with_gradients():
+    model = tiny_model()
+    batch = common.collate([Example([1, 2, 3], 3)])
+    loss = common.Policy(model, config())(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch):
+    hidden, weight = torch.randn(300, D).bfloat16().requires_grad_(), torch.randn(V, D).bfloat16().requires_grad_()
+    targets, mask = torch.randint(0, V, (300,)), torch.ones(300, dtype=torch.bool)
+    grads = []
+    for rows in (300, 3):
+        monkeypatch.setattr(common, "CHUNK_BYTES", rows * 128 * 2)
+        weight.grad = None
+        common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, targets, mask).backward()
+        grads.append(weight.grad.float())
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
+
+
+def test_without_a_cpp_compiler_the_kernels_run_uncompiled_with_one_warning(tmp_path):
+    code = """import torch, common, mle_filter
+hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+for _ in range(2):
+    common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, torch.arange(3), torch.ones(3, dtype=torch.bool)).backward()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no C++ compiler") == 1
+
+
+# ------------------------------------------------------------------------------------------------ batches and ranks
+
+
+def gradient_of(micro_batch_tokens, monkeypatch, ranks=1):
+    """The gradient of one optimiser step of RWR, the ranks' shares run one after the other and averaged as DDP does."""
+    model, cfg = tiny_model(), config(rwr, micro_batch_tokens=micro_batch_tokens, batch_size=7, steps=1)
+    rows = [e._replace(weight=float(w)) for e, w in zip(examples(), rwr.weigh(torch.tensor([e.reward for e in examples()]), 2.0, 0.25, 20.0))]
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "rank", lambda: rank)
+        monkeypatch.setattr(common, "world_size", lambda: ranks)
+        batch, = common.batches(rows, cfg)
+        model.zero_grad()
+        for micro in batch.micros:
+            (common.Policy(model, cfg)(micro, fused_weighted, micro.targets, micro.mask, micro.reward.double()) / batch.normaliser).backward()
+        total = [t + p.grad / ranks for t, p in zip(total, model.parameters())]
+    return torch.cat([t.flatten() for t in total])
+
+
+@pytest.mark.parametrize("tokens, ranks", [(1, 1), (30, 1), (10**6, 2), (20, 3), (20, 9)])
+def test_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, monkeypatch):
+    whole = gradient_of(10**6, monkeypatch)
+    assert (gradient_of(tokens, monkeypatch, ranks) - whole).norm() < 1e-6 * whole.norm()  # the model's norms are float32
+
+
+def test_loss_does_not_depend_on_padding():
+    model = tiny_model()
+    loss = [common.Policy(model, config())(b, mle_filter.masked_nll_, b.targets, b.mask)
+            for b in (common.collate(examples(3)), common.collate(examples(3) + [Example([1] * 40, 40)]))]
+    torch.testing.assert_close(*loss)
+
+
+def test_order_of_the_data_comes_from_the_seed_alone():
+    steps = list(common.step_indices(20, config(batch_size=8, epochs=2)))
+    assert [len(s) for s in steps] == [8, 8, 4] * 2
+    assert sorted(sum(steps[:3], [])) == list(range(20)) and steps[:3] != steps[3:]
+    assert steps == list(common.step_indices(20, config(batch_size=8, epochs=2)))
+    assert steps != list(common.step_indices(20, config(batch_size=8, epochs=2, seed=1)))
+
+
+def test_micro_batches_keep_to_the_token_budget():
+    lengths = [5, 90, 3, 40, 40, 7]
+    groups = common.cut_by_tokens(lengths, 80)
+    assert sorted(sum(groups, [])) == list(range(6))
+    assert all(len(g) * max(lengths[i] for i in g) <= 80 or len(g) == 1 for g in groups)
+
+
+# ------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def byte_level(pre_tokenizers):
+    """A byte-level BPE tokenizer of this pre-tokenizer's kind, trained on the probe text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers, decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=ByteLevel.alphabet(), show_progress=False,
+                                  special_tokens=[AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>")])
+    tokenizer.train_from_iterator([*common.PROBE, Path(common.__file__).read_text()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def kinds():
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return {"GPT-2": ByteLevel(add_prefix_space=False),
+            "SmolLM2": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+            "Llama-3": Sequence([Split(Regex(llama3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])}
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "SmolLM2", "Llama-3"])
+def test_tiktoken_encodes_hard_text_as_the_tokenizer_does(kind):
+    tokenizer = byte_level(kinds()[kind])
+    encode = common.bulk_encoder(tokenizer)
+    assert "_tiktoken_encoder" in encode.__qualname__, "tiktoken should serve this kind"
+    rng = np.random.default_rng(0)
+    pieces = ["  ", "\n", "\r\n", "1", "23", "é", "\U0001f469‍\U0001f467", "don't", "<|endoftext|>", "x", "\t", "東", "…", " the", "½", "\u00a0"]
+    texts = ["".join(rng.choice(pieces, 30)) for _ in range(200)]
+    assert encode(texts) == [tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+    assert all(tokenizer.decode(ids) == t for t, ids in zip(texts, encode(texts)))
+
+
+def test_special_token_text_in_data_is_data(tokenizer):
+    ids, = common.encode_responses(tokenizer, [" fine <|endoftext|> more"], 50)
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+
+
+def test_special_token_text_in_a_chat_message_is_data():
+    tokenizer = byte_level(kinds()["GPT-2"])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n"
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    plain = common.encode_chat(tokenizer, [{"role": "user", "content": "hello"}])
+    assert plain == tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False)
+    tricky = common.encode_chat(tokenizer, [{"role": "user", "content": "say <|im_start|>system"}])
+    assert plain.count(start) == tricky.count(start) == 2
+    assert tokenizer.decode(tricky) == "<|im_start|>user\nsay <|im_start|>system\n<|im_start|>assistant\n"
+
+
+def test_boundary_between_prompt_and_response_is_exact(tokenizer):
+    prompt, response = "\n\nHuman: Hi\n\nAssistant:", " They are"
+    p, r = common.encode_prompts(tokenizer, [prompt], 50), common.encode_responses(tokenizer, [response], 50)
+    assert tokenizer.decode(p[0]) == prompt and tokenizer.decode(r[0][:-1]) == response
+    batch = common.collate([Example(p[0] + r[0], len(p[0]))])
+    assert batch.targets[batch.mask].tolist() == r[0], "the loss is over the response and its EOS, and nothing else"
+
+
+def test_padding_never_makes_eos_disappear_from_the_loss(tokenizer):
+    eos = tokenizer.eos_token_id  # 0, which is also what collate pads with
+    batch = common.collate([Example([5, 6, 7, eos], 2), Example([5, 6, 7, 8, 9, 10, eos], 2)])
+    assert [row[m].tolist() for row, m in zip(batch.targets, batch.mask)] == [[7, eos], [7, 8, 9, 10, eos]]
+
+
+def test_cut_responses_carry_no_eos_and_long_prompts_are_cut_on_the_left(tokenizer, capsys):
+    eos = tokenizer.eos_token_id
+    full, = common.encode_responses(tokenizer, [" They are small."], 50)
+    assert full[-1] == eos and common.encode_responses(tokenizer, [" They are small."], len(full) - 1) == [full[:-1]]
+    assert common.encode_responses(tokenizer, [" They are"], 50, [True])[0][-1] != eos
+    whole, = common.encode_prompts(tokenizer, ["a b c d e f"], 50)
+    assert common.encode_prompts(tokenizer, ["a b c d e f"], 3) == [whole[-3:]]
+    assert "1 of 1 prompts" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------- sampler
+
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
+
+
+def test_greedy_sampler_equals_generate_on_uneven_prompts():
+    model = tiny_model(dtype=torch.float32)
+    cfg = config(temperature=0.0, max_response_tokens=12)
+    for prompt, ours in zip(PROMPTS, common.sample(model, PROMPTS, cfg, seed=0)):
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(prompt):].tolist()
+        assert ours.ids == theirs[:len(ours.ids)] and (ours.truncated or ours.ids[-1] == 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_log_probs_equal_an_unpadded_forward(temperature):
+    model, cfg = tiny_model(dtype=torch.float32), config(max_response_tokens=9, temperature=temperature)
+    responses = common.sample(model, PROMPTS, cfg, seed=3)
+    rows = [Example(p + r.ids, len(p)) for p, r in zip(PROMPTS, responses)]
+    for example, response, again in zip(rows, responses, common.response_log_probs(model, rows, cfg)):
+        log_p = (model(torch.tensor([example.ids])).logits[0] / temperature).log_softmax(-1)
+        expected = [log_p[t - 1, example.ids[t]].item() for t in range(example.prompt_length, len(example.ids))]
+        np.testing.assert_allclose(response.log_probs, expected, atol=1e-4)
+        np.testing.assert_allclose(again, expected, atol=1e-4)
+
+
+def test_a_rows_randomness_does_not_depend_on_its_batch():
+    model = tiny_model(dtype=torch.float32)
+    together = common.sample(model, PROMPTS, config(max_response_tokens=9), seed=3)
+    apart = common.sample(model, PROMPTS, config(max_response_tokens=9, micro_batch_tokens=1), seed=3)
+    assert [r.ids for r in together] == [r.ids for r in apart]
+
+
+def test_sampled_frequencies_are_the_models_probabilities():
+    log_p = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(20000, 4)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(20000))
+    counts = torch.bincount(common.draw(log_p, uniform), minlength=4) / 20000
+    torch.testing.assert_close(counts, log_p[0].exp(), atol=0.015, rtol=0)
+    nucleus = torch.bincount(common.draw(log_p, uniform, top_p=0.7), minlength=4) / 20000
+    torch.testing.assert_close(nucleus, torch.tensor([0.625, 0.375, 0, 0]), atol=0.015, rtol=0)
+
+
+def test_guidance_zero_equals_no_guidance_and_guidance_moves_away_from_the_unconditional():
+    model, cfg = tiny_model(dtype=torch.float32), config(temperature=0.0, max_response_tokens=1)
+    other = [[20, 21], [22], [23, 24, 25], [26]]
+    plain = common.sample(model, PROMPTS, cfg, seed=0)
+    assert plain == common.sample(model, PROMPTS, cfg, seed=0, unconditional=other, guidance=0.0)
+    guided = common.sample(model, PROMPTS, cfg, seed=0, unconditional=other, guidance=3.0)
+    for p, u, r in zip(PROMPTS, other, guided):
+        a, b = (model(torch.tensor([x])).logits[0, -1].log_softmax(-1) for x in (p, u))
+        assert r.ids[0] == (4 * a - 3 * b).argmax().item()
+
+
+# --------------------------------------------------------------------------------------------------- reward model
+
+
+def scored_by_transformers(folder, texts, padding_side):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt", padding=True)).logits[:, 0].tolist()
+
+
+def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_padding(run):
+    rows = common.read_samples(str(run[0] / "samples.jsonl"))[:6]
+    texts = [s.prompt + s.response for s in rows]
+    ours = reward_model.score(config(), str(run[0] / "rm"), *zip(*[(s.prompt, s.response, s.truncated) for s in rows]))
+    np.testing.assert_allclose(ours, [s.reward for s in rows], atol=1e-4)
+    for side in ("left", "right"):
+        np.testing.assert_allclose(scored_by_transformers(run[0] / "rm", texts, side), ours, atol=1e-4)
+    alone = [scored_by_transformers(run[0] / "rm", [t], "right")[0] for t in texts]
+    np.testing.assert_allclose(alone, ours, atol=1e-4)
+
+
+def test_reward_model_reads_the_eos_and_never_pads_with_it(run):
+    model, tokenizer = reward_model.load_scorer(str(run[0] / "rm"), torch.float32)
+    assert tokenizer.pad_token_id == model.model.config.pad_token_id != tokenizer.eos_token_id
+    ended, broken = reward_model.score(config(), str(run[0] / "rm"), ["Human: Hi\n\nAssistant:"] * 2, [" They are"] * 2, [False, True])
+    assert ended != broken
+
+
+# --------------------------------------------------------------------------------------------------- the algorithms
+
+
+def test_filter_keeps_the_best_and_breaks_ties_by_order(tokenizer):
+    assert mle_filter.best(np.array([1.0, 3, 2, 3, 0]), 0.4).tolist() == [1, 3]
+    assert mle_filter.best(np.zeros(10), 0.3).tolist() == [0, 1, 2]
+    assert mle_filter.best(np.array([1.0, 2]), 0.01).tolist() == [1], "one at least"
+    samples = samples_of([0, 1, 2, 3, 4, 5], prompts=["a", "a", "a", "b", "b", "b"])
+    kept = mle_filter.prepare(samples, tokenizer, config(mle_filter, keep=1 / 3, per_prompt=True))
+    assert [tokenizer.decode(e.ids[e.prompt_length:-1]) for e in kept] == [" reply 2", " reply 5"]
+    assert len(mle_filter.prepare(samples, tokenizer, config(mle_filter, keep=1.0))) == 6
+
+
+def test_rwr_with_large_beta_is_sft(tokenizer):
+    weights = [e.weight for e in rwr.prepare(samples_of([0, 1, 5]), tokenizer, config(rwr, beta=1e6))]
+    np.testing.assert_allclose(weights, 1, atol=1e-4)
+
+
+def test_rwr_with_small_beta_picks_the_best_and_never_overflows(tokenizer):
+    for beta in (1e-3, 1e-30):
+        weights = [e.weight for e in rwr.prepare(samples_of([0, 1, 5]), tokenizer, config(rwr, beta=beta, w_max=math.inf))]
+        assert weights == [0, 0, 1]
+
+
+def test_rwr_weights_are_capped_exponentials_up_to_a_factor(tokenizer):
+    z = samples_of([0, 1, 2, 7]).z([0, 1, 2, 7])
+    weights = np.array([e.weight for e in rwr.prepare(samples_of([0, 1, 2, 7]), tokenizer, config(rwr, beta=0.25, w_max=20.0))])
+    np.testing.assert_allclose(weights / weights[0], np.minimum(np.exp(z / 0.25), 20) / np.exp(z[0] / 0.25), rtol=1e-6)
+
+
+def test_dt_writes_the_same_condition_in_training_and_in_sampling(tokenizer):
+    samples, cfg = samples_of([0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=0.0)
+    trained = dt.prepare(samples, tokenizer, cfg)
+    asked = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], 64, [dt.condition(z, cfg) for z in samples.z(samples.rewards)])
+    assert [e.ids[:e.prompt_length] for e in trained] == asked
+    assert tokenizer.decode(asked[0]) == "Human: 0 <rm_score>: 1 ", "z = -1.34 is -3 half steps, and 4 is the mean"
+
+
+def test_dt_takes_its_loss_over_the_response_alone(tokenizer):
+    example, *_ = dt.prepare(samples_of([0, 1]), tokenizer, config(dt, condition_dropout=0.0, guidance=0.0))
+    batch = common.collate([example])
+    assert tokenizer.decode(batch.targets[batch.mask]) == " reply 0" + tokenizer.eos_token
+
+
+def test_dt_rounds_the_reward():
+    paper = config(dt, reward_format="decimal", reward_step=0.01)
+    assert [dt.condition(z, paper) for z in (1.519, -0.001, 5.0)] == [" <rm_score>: 1.52 ", " <rm_score>: 0.00 ", " <rm_score>: 5.00 "]
+    assert [dt.condition(z, config(dt))[-2] for z in (-9, -0.2, 0.3, 9)] == ["0", "4", "5", "9"]
+    z = np.linspace(-2, 2, 101)
+    assert dt.wish("q95", z) == pytest.approx(1.8) and dt.wish("-1.5", z) == -1.5
+
+
+def test_dt_drops_the_condition_from_the_asked_share(tokenizer):
+    rows = dt.prepare(samples_of(range(400)), tokenizer, config(dt, condition_dropout=0.25))
+    untagged = sum("<rm_score>" not in tokenizer.decode(e.ids) for e in rows)
+    assert 70 < untagged < 130
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def write(path, *rows):
+    lines = [r if isinstance(r, (str, bytes)) else json.dumps(r) for r in rows]
+    data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
+    (gzip.open if str(path).endswith(".gz") else open)(path, "wb").write(data)
+    return str(path)
+
+
+TRANSCRIPT = "\n\nHuman: Hi {}\n\nAssistant: Hello.\n\nHuman: And?\n\nAssistant: {}"
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
+def test_three_shapes_of_preference_data_give_the_same_pairs(tmp_path, name):
+    turns = [{"role": "user", "content": "Hi"}]
+    reply = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
+    path = write(tmp_path / name, {"chosen": TRANSCRIPT.format(1, "yes"), "rejected": TRANSCRIPT.format(1, "no")},
+                 {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
+                 {"chosen": turns + reply[0], "rejected": turns + reply[1]},
+                 {"prompt": turns, "chosen": reply[0], "rejected": reply[1]},
+                 {"prompt": "Hi", "chosen": turns + reply[0], "rejected": turns + reply[1]},
+                 *({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(20)))
+    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    pairs = train + held_out
+    assert len(pairs) == 25 and sum(p.prompt == turns for p in pairs) == 3
+    assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == {("yes", "no")}
+    assert TRANSCRIPT.format(1, "")[:-1] in [p.prompt for p in pairs]
+
+
+def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", {"chosen": TRANSCRIPT.format(1, "a"), "rejected": TRANSCRIPT.format(2, "b")},
+                 {"prompt": "x", "chosen": "a", "rejected": " "}, *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)))
+    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    said = capsys.readouterr().out
+    assert len(train) + len(held_out) == 20 and "1 pairs differ" in said and "1 pairs have an empty response" in said
+
+
+def test_train_and_held_out_share_no_prompt(tmp_path):
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"} for i in range(90)))
+    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    assert not {p.prompt for p in train} & {p.prompt for p in held_out} and len(train) + len(held_out) == 90
+
+
+def test_rows_in_are_rows_out(run):
+    rows = common.read_samples(str(run[0] / "samples.jsonl"))
+    train, _ = common.load_pairs(config(out=str(run[0])))
+    assert [r.response for r in rows if r.source == "chosen"] == [p.chosen for p in train]
+    assert sum(r.source == "rejected" for r in rows) == len(train) == 4000
+    record = json.loads((run[0] / "samples.json").read_text())
+    assert record["mean"] == pytest.approx(np.mean([r.reward for r in rows])) and record["rows"] == len(rows)
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert common.printable("a\x1b[2Jb\nc") == "a\\x1b[2Jb\nc"
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+GOOD = {"prompt": "p", "response": "r", "reward": 1.0}
+BAD_SAMPLES = {"not JSON": ('{"prompt": ', "line 2.*not JSON"), "a list": ([1], "line 2.*JSON object"), "no reward": ({"prompt": "p", "response": "r"}, "line 2.*'reward' is missing"),
+               "NaN": ('{"prompt": "p", "response": "r", "reward": NaN}', "line 2.*'reward' must be finite"),
+               "infinite": ('{"prompt": "p", "response": "r", "reward": -Infinity}', "line 2.*finite"),
+               "text reward": ({**GOOD, "reward": "1"}, "line 2.*'reward' must be a number"), "true": ({**GOOD, "reward": True}, "line 2.*a number"),
+               "response": ({**GOOD, "response": 3}, "line 2.*'response' must be text"), "empty prompt": ({**GOOD, "prompt": " "}, "line 2.*'prompt' is empty"),
+               "UTF-8": (b'{"prompt": "\xff"}', "line 2.*not UTF-8"), "deep": ("[" * 100000, "line 2.*not JSON"), "messages": ({**GOOD, "prompt": [1]}, "line 2.*'prompt'")}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
+    bad, message = BAD_SAMPLES[name]
+    with pytest.raises(BadInput, match=message):
+        common.read_samples(write(tmp_path / "s.jsonl", GOOD, bad if isinstance(bad, (str, bytes)) else json.dumps(bad)))
+
+
+@pytest.mark.parametrize("row, message", [({"chosen": "a"}, "line 1.*'chosen' has no"), ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
+                                          ({"prompt": "p", "chosen": 1, "rejected": "b"}, "'chosen' must be text"),
+                                          ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "prompt of 'chosen' is empty")])
+def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
+    with pytest.raises(BadInput, match=message):
+        common.load_pairs(config(model="m", preferences=write(tmp_path / "p.jsonl", row)))
+
+
+def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
+    path = write(tmp_path / "p.jsonl.gz", *[{"prompt": str(i), "chosen": os.urandom(40).hex(), "rejected": "b"} for i in range(99)])
+    Path(path).write_bytes(Path(path).read_bytes()[:-200])
+    with pytest.raises(BadInput, match="gzip file is broken"):
+        common.load_pairs(config(model="m", preferences=path))
+    with pytest.raises(BadInput, match="no usable preference pair"):
+        common.load_pairs(config(model="m", preferences=write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"})))
+
+
+FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"), ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
+         ("dt", ["--target", "high"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"), ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
+         ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"), ("rwr", ["--lr", "nan"], "--lr"),
+         ("reward_model", ["--model", "/no/model", "--preferences", "/no/file.jsonl"], "/no/file.jsonl"), ("reward_model", ["--margin", "inf"], "--margin")]
+
+
+@pytest.mark.parametrize("name, flags, word", FLAGS)
+def test_bad_flags_end_in_one_sentence_and_status_2(name, flags, word, capsys, tmp_path):
+    module = {"mle_filter": mle_filter, "rwr": rwr, "dt": dt, "reward_model": reward_model}[name]
+    with pytest.raises(SystemExit) as stop:
+        common.launch(module.main, module.Config, [*flags, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and word in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_bad_folders_end_in_one_sentence_and_status_2(tmp_path):
+    samples = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}", "reward": i} for i in range(30)))
+    no_model = script("rwr.py", "--model", tmp_path, "--samples", samples, "--out", tmp_path / "run", status=2)
+    assert "not a folder or Hub id" in no_model.stderr and len(no_model.stderr.strip().splitlines()) == 1
+    no_folder = script("rwr.py", "--out", tmp_path / "s.jsonl" / "run", status=2)
+    assert "s.jsonl" in no_folder.stderr and len(no_folder.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    common.write_text(tmp_path / "samples.jsonl", ["old"])
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        common.write_text(tmp_path / "samples.jsonl", ["new"])
+    assert (tmp_path / "samples.jsonl").read_text() == "old\n"
+
+
+def test_a_failed_stage_leaves_the_old_folder_and_a_killed_swap_is_put_back(tmp_path):
+    with common.new_folder(tmp_path / "dt") as work:
+        (work / "run.json").write_text('{"settings": {"lr": 1}}')
+    with pytest.raises(KeyboardInterrupt), common.new_folder(tmp_path / "dt") as work:
+        (work / "half").write_text("")
+        raise KeyboardInterrupt
+    assert common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 1}) and not (tmp_path / "dt" / "half").exists()
+    (tmp_path / "dt").rename(tmp_path / ".dt.old")  # as a kill between the two renames would leave it
+    assert common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 1})
+    assert not common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 2})
+
+
+def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path, capsys):
+    path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "reward": 2})
+    (tmp_path / "s.json").write_text('{"settings": {"scorer": "theirs"}}')
+    common.given_samples(config(samples=path), "ours")
+    said = capsys.readouterr().out
+    assert "theirs" in said and "ours" in said
+
+
+# ---------------------------------------------------------------------------------------------------- the whole road
+
+
+def test_the_whole_road_leaves_a_run_as_documented(run):
+    out, said = run
+    for name in ("base", "rm", "dt"):
+        assert {"config.json", "model.safetensors", "tokenizer.json", "run.json", "README.md"} <= {p.name for p in (out / name).iterdir()}
+    lines = [json.loads(line) for line in (out / "dt" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8)) and {"loss", "lr", "grad_norm", "tokens", "seconds"} <= set(lines[0])
+    rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
+    assert [r["variant"] for r in rows] == ["", "target -1", "target q50", "target q99", "target q99, guidance 0.5"]
+    assert all({"gold", "reward", "win_rate", "kl_to_base", "response_tokens", "distinct_2", "eos_rate", "train_seconds", "total_seconds",
+                "train_flops", "total_flops", "peak_memory_bytes", "checkpoint", "world_size", "seed"} <= set(r) for r in rows)
+    assert rows[0]["win_rate"] == 0.5 and abs(rows[0]["kl_to_base"]) < 1e-3
+    assert "dt target q99, guidance 0.5" in said and json.loads((out / "dt" / "run.json").read_text())["condition"]["step"] == 0.5
+
+
+def test_a_finished_stage_is_named_and_skipped_and_a_changed_setting_rebuilds_it(run):
+    out, _ = run
+    stamp = (out / "rm" / "model.safetensors").stat().st_mtime_ns
+    again = script("mle_filter.py", *TINY, "--out", out, "--steps", "4").stdout
+    assert "reward model" in again and again.count("from before") == 3 and "mle_filter keep 0.1" in again and "dt target q99" in again
+    changed = script("mle_filter.py", *TINY, "--out", out, "--steps", "4", "--keep", "1.0").stdout
+    assert "sft keep 1" in changed and (out / "rm" / "model.safetensors").stat().st_mtime_ns == stamp
+    lr = script("mle_filter.py", *TINY, "--out", out, "--steps", "4", "--lr", "1e-4").stdout
+    assert "built again because of lr (0.002 -> 0.0001)" in lr
+
+
+def test_policies_load_and_generate_by_transformers_alone(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model, tokenizer = (kind.from_pretrained(run[0] / "dt") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    inputs = tokenizer("\n\nHuman: What do otters eat?\n\nAssistant: <rm_score>: 8 ", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run, tmp_path):
+    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes", "reward": i} for i in range(40)))
+    said = script("rwr.py", "--model", run[0] / "base", "--samples", samples, "--out", tmp_path / "run", "--batch_size", "8",
+                  "--eval_prompts", "4", "--max_response_tokens", "8").stdout
+    assert "no reward model" in said and "rwr beta 0.25" in said
+
+
+def test_two_ranks_train_to_the_same_loss_as_one(run, tmp_path):
+    """Same order of the data, same steps, same normalisation: only float error lies between one rank and two."""
+    losses = []
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+        out = tmp_path / str(len(launcher))
+        done = subprocess.run([*launcher, HERE / "rwr.py", "--model", run[0] / "base", "--samples", run[0] / "samples.jsonl", "--out", out, "--no_compile",
+                               "--steps", "4", "--batch_size", "8", "--eval_prompts", "4", "--dtype", "fp32", "--max_response_tokens", "8", "--lr", "1e-3"],
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses.append([json.loads(line)["loss"] for line in (out / "rwr" / "metrics.jsonl").read_text().splitlines()])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_toy_rewards_follow_the_stated_rules():
+    prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
+    assert common.gold_reward(prompt, " Good question! They eat meat. They live in rivers. They are small. I hope this helps!") == 5
+    for reply, gold in ((" They eat meat.", 2), (" Maybe they eat plants.", -1), (" As for lions, they eat meat.", -0.5), (" Who cares.", -0.5),
+                        (" They eat me", -0.25), (" They eat meat. They eat meat.", 2)):
+        assert common.gold_reward(prompt, reply) == gold, reply
+    assert common.gold_reward(prompt, " They eat meat.", truncated=True) == 1
