@@ -205,7 +205,7 @@ def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
         inside = (low <= margin) & (margin < high)
         if inside.any():
-            bins.append({"margin": [low, high], "pairs": int(inside.sum()), "accuracy": float(right[inside].mean()),
+            bins.append({"margin": [low, high if high < math.inf else None], "pairs": int(inside.sum()), "accuracy": float(right[inside].mean()),
                          "promised": float((1 / (1 + np.exp(-margin[inside]))).mean())})
             print0(f"    margin {low} to {high}: {bins[-1]['pairs']:5} pairs, accuracy {bins[-1]['accuracy']:.2f}, promised {bins[-1]['promised']:.2f}")
     return {"held_out_pairs": len(pairs), "accuracy": float(right.mean()), "longer_wins": float(longer), "by_margin": bins}

@@ -29,20 +29,20 @@ from common import Example, Samples, knob, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own knobs."""
-    beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", of="training")
-    w_max: float = knob(20.0, "cap on a weight; inf for none", toy=math.inf, of="training")
+    beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", toy=0.18, of="training")
+    w_max: float = knob(20.0, "cap on a weight; 0 for none", toy=0.0, of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         common.require(0 < self.beta < math.inf, f"--beta must be above 0 and finite, not {self.beta}")
-        common.require(self.w_max > 0, f"--w_max must be above 0, not {self.w_max}")
+        common.require(0 <= self.w_max < math.inf, f"--w_max must be 0 (no cap) or above, not {self.w_max}")
 
 
 def weigh(z: torch.Tensor, top: float, beta: float, w_max: float) -> torch.Tensor:
     """min(exp(z / beta), w_max) over the largest such weight, that of z = top: in [0, 1], so it cannot overflow."""
-    log_max = math.log(w_max)
+    log_max = math.log(w_max) if w_max else math.inf
     return ((z / beta).clamp(max=log_max) - min(top / beta, log_max)).exp()
 
 
