@@ -56,7 +56,9 @@ def world_size() -> int:
 
 def device() -> torch.device:
     """This rank's GPU, or the CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def print0(*args, **kwargs) -> None:
@@ -112,16 +114,18 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
             torch.compiler.set_stance("force_eager")
         main(cfg)
     except BadInput as problem:
-        print(f"{script}: {problem}", file=sys.stderr)
+        print(f"{script}: {printable(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print0(f"\n{script}: interrupted; finished stages are kept, the same command goes on from them", file=sys.stderr)
+        print0(f"\n{script}: interrupted; finished stages are kept, the same command goes on from them",
+               file=sys.stderr)
         sys.exit(130)
     except Exception as problem:
         full = "No space left on device" in str(problem)  # safetensors and torch wrap it in errors of their own
         if not full and not (isinstance(problem, OSError) and problem.errno):
             raise
-        where, why = getattr(problem, "filename", None) or cfg.out, "No space left on device" if full else problem.strerror
+        where = getattr(problem, "filename", None) or cfg.out
+        why = "No space left on device" if full else problem.strerror
         print(f"{script}: {where}: {why}; what was there before is untouched", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -167,27 +171,33 @@ def knob(default: Any, help: str, toy: Any = None, of: str = "runtime") -> Any:
 class Config:
     """The flags that every script shares."""
     out: str = knob("runs/model", "the run's folder: stages are found there, or built", toy="runs/toy")
-    model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it and --preferences the toy world runs", of="data")
-    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected (README: your own data)", of="data")
+    model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it the toy world runs", of="data")
+    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected", of="data")
     max_pairs: Optional[int] = knob(None, "use at most so many preference pairs", of="data")
-    held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split", of="data")
+    held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split",
+                           of="data")
     max_prompt_tokens: int = knob(1024, "longer prompts are cut on the left", toy=64, of="data")
-    max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=64, of="data")
+    max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=64,
+                                    of="data")
     seed: int = knob(0, "of everything that is drawn", of="data")
-    prompts: Optional[str] = knob(None, ".jsonl(.gz) or folder with `prompt`: generate for these, not for --preferences", of="samples")
-    samples: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response, reward: train on these labelled samples", of="samples")
-    reward_model: Optional[str] = knob(None, "folder of a sequence-classification model: score with it, train none", of="samples")
-    sources: str = knob("dataset+generated", "which responses are labelled: dataset, generated or dataset+generated", of="samples")
+    prompts: Optional[str] = knob(None, "generate for these: .jsonl(.gz) or folder with `prompt`", of="samples")
+    samples: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response, reward: train on these labelled samples",
+                                  of="samples")
+    reward_model: Optional[str] = knob(None, "folder of a sequence-classification model: score with it, train none",
+                                       of="samples")
+    sources: str = knob("dataset+generated", "which responses are labelled: dataset, generated or dataset+generated",
+                        of="samples")
     samples_per_prompt: int = knob(1, "generated responses a prompt", toy=9, of="samples")
     temperature: float = knob(1.0, "of all sampling; 0 is greedy", of="samples")
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
-    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer", toy=512, of="evaluation")
+    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer",
+                             toy=512, of="evaluation")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", of="training")
     epochs: int = knob(1, "passes over the training examples", of="training")
     steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", of="training")
     batch_size: int = knob(128, "sequences per optimiser step, all ranks together", toy=32, of="training")
     micro_batch_tokens: int = knob(8192, "padded tokens that one forward may hold: the memory knob", toy=16384)
-    dtype: str = knob("auto", "bf16 (weights and optimiser stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
+    dtype: str = knob("auto", "bf16 (weights stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = knob(True, "torch.compile the loss kernels")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
@@ -197,7 +207,8 @@ class Config:
                      "batch_size", "micro_batch_tokens"):
             require(getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
         for name in ("max_pairs", "steps"):
-            require(getattr(self, name) is None or getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
+            require(getattr(self, name) is None or getattr(self, name) > 0,
+                    f"--{name} must be above 0, not {getattr(self, name)}")
         require(self.seed >= 0, f"--seed must be 0 or above, not {self.seed}")
         require(math.isfinite(self.lr), f"--lr must be a finite number, not {self.lr}")
         require(0 < self.held_out < 1, f"--held_out is a share between 0 and 1, not {self.held_out}")
@@ -223,7 +234,7 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def parse(Config: type, args: Optional[list[str]] = None) -> Any:
-    """The command line as a Config; world-dependent defaults are filled in.  Raises BadInput on a wrong flag or value."""
+    """The command line as a Config, the world's defaults filled in.  Raises BadInput on a wrong flag or value."""
     from transformers import HfArgumentParser
 
     def wrong_flag(message: str) -> None:
@@ -303,7 +314,8 @@ def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
     if not built:
         print0(f"{stage}: {place}, to be built")
     elif changed:
-        print0(f"{stage}: {place}, built again because of " + ", ".join(f"{k} ({built.get(k)} -> {wanted[k]})" for k in changed))
+        print0(f"{stage}: {place}, built again because of "
+               + ", ".join(f"{k} ({built.get(k)} -> {wanted[k]})" for k in changed))
     else:
         print0(f"{stage}: {place}, from before")
     return bool(built) and not changed
@@ -372,7 +384,8 @@ class Cost:
     peak_memory_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.flops + other.flops, max(self.peak_memory_bytes, other.peak_memory_bytes))
+        return Cost(self.seconds + other.seconds, self.flops + other.flops,
+                    max(self.peak_memory_bytes, other.peak_memory_bytes))
 
 
 def count_flops(model: torch.nn.Module, tokens: int, head_rows: int, passes: int = 1) -> None:
@@ -386,7 +399,8 @@ def count_flops(model: torch.nn.Module, tokens: int, head_rows: int, passes: int
     if not hasattr(model, "_body_parameters"):
         model._body_parameters = sum(p.numel() for p in body.parameters()) - body.get_input_embeddings().weight.numel()
     head = model.get_output_embeddings()
-    _flops += 2 * passes * (model._body_parameters * tokens + (head.weight.numel() * head_rows if head is not None else 0))
+    _flops += 2 * passes * (model._body_parameters * tokens
+                            + (head.weight.numel() * head_rows if head is not None else 0))
 
 
 @contextlib.contextmanager
@@ -410,7 +424,8 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍\U0001f469‍\U0001f467\U0001f3fd \r\n"
          "x  7  y   \n 3.14e-10 ½²³ <|endoftext|><|im_start|>user <s></s>[INST] don't WE'LL I'd   trailing   ",
-         "    def f(x):\n        return x**2  # tabs\t\t!\n\n", "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___", " ", "\n", "é", "")
+         "    def f(x):\n        return x**2  # tabs\t\t!\n\n", "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___",
+         " ", "\n", "é", "")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -434,9 +449,10 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=8)
 def bulk_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """The fastest encoder of plain texts that gives the tokenizer's own ids: tiktoken's if it proves equal, else its own."""
+    """The fastest encoder of plain texts with the tokenizer's own ids: tiktoken's if it proves equal, else its own."""
     def own(texts: list[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"] if texts else []
+        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True,
+                         verbose=False)["input_ids"] if texts else []
     try:
         fast = _tiktoken_encoder(tokenizer)
         return fast if fast(list(PROBE)) == own(list(PROBE)) else own
@@ -445,7 +461,7 @@ def bulk_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
 
 def _tiktoken_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """tiktoken's encoder from a byte-level BPE tokenizer's own merges.  Raises ValueError or KeyError for other kinds."""
+    """tiktoken's encoder from a byte-level BPE tokenizer's merges.  Raises ValueError or KeyError for other kinds."""
     import tiktoken
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
@@ -473,7 +489,10 @@ def _tiktoken_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     ids = [vocabulary["".join(byte_character[b] for b in token)] for token in ranks]
     encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
-    return lambda texts: [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts], num_threads=2)]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts], num_threads=2)]
+    return encode
 
 
 def _byte_characters() -> dict[int, str]:
@@ -483,7 +502,8 @@ def _byte_characters() -> dict[int, str]:
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
-def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int, suffixes: Optional[list[str]] = None) -> list[list[int]]:
+def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int,
+                   suffixes: Optional[list[str]] = None) -> list[list[int]]:
     """Prompts as token ids, BOS first where the tokenizer has one, cut on the left to `max_tokens`, then the suffixes.
 
     A string is encoded as plain text, chat messages through the chat template up to the reply.  Says how many were cut.
@@ -502,18 +522,24 @@ def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int, suffixes: Opt
 
 def encode_chat(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Messages through the chat template, up to where the reply begins; special-token text in a message stays text."""
+    from jinja2 import TemplateError  # transformers needs it for any chat template
     require(tokenizer.chat_template is not None, "the data are chat messages, but the tokenizer has no chat template")
+    render = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if not any(token in m["content"] for m in messages for token in special):
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-    pieces = re.split("\ue000(\\d+)\ue001", tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False))
-    encode = bulk_encoder(tokenizer)
-    return [t for i, piece in enumerate(pieces) for t in
-            (encode([messages[int(piece)]["content"]])[0] if i % 2 else tokenizer(piece, add_special_tokens=False)["input_ids"])]
+    try:
+        if not any(token in m["content"] for m in messages for token in special):
+            return render(messages, return_dict=False)
+        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+        pieces = re.split("\ue000(\\d+)\ue001", render(marked, tokenize=False))
+    except TemplateError as problem:
+        raise BadInput(f"the tokenizer's chat template refuses a conversation: {problem}") from problem
+    content, template = bulk_encoder(tokenizer), functools.partial(tokenizer, add_special_tokens=False)
+    return [t for i, piece in enumerate(pieces)
+            for t in (content([messages[int(piece)]["content"]])[0] if i % 2 else template(piece)["input_ids"])]
 
 
-def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int, truncated: Optional[list[bool]] = None) -> list[list[int]]:
+def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int,
+                     truncated: Optional[list[bool]] = None) -> list[list[int]]:
     """Responses as token ids, each ended by EOS unless it is longer than `max_tokens` or marked as broken off."""
     broken = truncated or [False] * len(responses)
     return [(ids if cut else [*ids, tokenizer.eos_token_id])[:max_tokens]
@@ -522,7 +548,8 @@ def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int, trun
 
 def encode_samples(tokenizer: Any, samples: list[Sample], cfg: Config) -> list[list[int]]:
     """Samples' responses as token ids."""
-    return encode_responses(tokenizer, [s.response for s in samples], cfg.max_response_tokens, [s.truncated for s in samples])
+    return encode_responses(tokenizer, [s.response for s in samples], cfg.max_response_tokens,
+                            [s.truncated for s in samples])
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -539,7 +566,7 @@ class Pair(NamedTuple):
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
-    """The rows of a .jsonl or .jsonl.gz, each with its place ("file, line 7").  Raises BadInput at the first bad one."""
+    """The rows of a .jsonl or .jsonl.gz, each with its place ("file, line 7").  Raises BadInput at a bad one."""
     opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
@@ -547,9 +574,10 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    require(isinstance(row, dict), f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                    require(isinstance(row, dict), f"{path}, line {number}: expected a JSON object, not {type(row).__name__}")
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
                     yield f"{path}, line {number}", row
-    except UnicodeDecodeError as problem:
+    except UnicodeError as problem:
         raise BadInput(f"{path}, line {number}: not UTF-8 ({problem.reason})") from problem
     except (ValueError, RecursionError) as problem:
         raise BadInput(f"{path}, line {number}: not JSON ({problem})") from problem
@@ -560,12 +588,13 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
 
 
 def data_files(source: str) -> list[str]:
-    """The data files of a file, a folder or a Hub data set id (`owner/name`, or `owner/name/folder` for a part of it)."""
+    """The data files of a file, a folder or a Hub data set (`owner/name`, or `owner/name/folder` for a part of it)."""
     if not os.path.exists(source) and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source) and ".jsonl" not in source:
         from huggingface_hub import snapshot_download
         owner, name, *part = source.split("/")
         with hub_errors(source, "a data set"):
-            root = snapshot_download(f"{owner}/{name}", repo_type="dataset", allow_patterns=["*.jsonl", "*.jsonl.gz", "*.json.gz"])
+            root = snapshot_download(f"{owner}/{name}", repo_type="dataset",
+                                     allow_patterns=["*.jsonl", "*.jsonl.gz", "*.json.gz"])
         source = os.path.join(root, *part)
     if os.path.isdir(source):
         found = sorted(str(p) for p in Path(source).rglob("*") if p.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")))
@@ -586,7 +615,8 @@ def field_of(place: str, row: dict, name: str, kinds: tuple = (str,), expected: 
 def check_messages(place: str, name: str, messages: Any) -> None:
     """Raises BadInput unless it is a list of {"role", "content"} with text in both."""
     require(isinstance(messages, list) and len(messages) > 0 and
-            all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages),
+            all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages),
             f'{place}: the field {name!r} must be text or a list of {{"role", "content"}} messages')
 
 
@@ -607,7 +637,7 @@ def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
         return prompt, value
     if isinstance(value, str):
         start, turn, response = value.rpartition(TURN)
-        require(bool(turn), f"{place}: the field {name!r} has no {TURN!r}; without a `prompt` it must be a full transcript")
+        require(bool(turn), f"{place}: the field {name!r} has no {TURN!r}: without a `prompt` it must be a transcript")
         require(bool(start.strip()), f"{place}: the prompt of {name!r} is empty")
         return start + turn, response
     check_messages(place, name, value)
@@ -621,12 +651,13 @@ def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
 def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
     """Preference pairs for training and held out, split by prompt.  Pairs without a difference to learn are left out.
 
-    Files named test, valid… or eval… are the held-out split; without one, prompts are held out by their hash and the seed.
+    Files named test, valid… or eval… are the held-out split; without one, prompts are held out by hash and seed.
     """
     source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
     train, test, prompts_differ, empty = [], [], 0, 0
     files = data_files(source)
-    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, source) if os.path.isdir(source) else "")) for f in files}
+    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, source) if os.path.isdir(source)
+                                 else "")) for f in files}
     for file in files:
         for place, row in read_rows(file):
             (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
@@ -679,17 +710,18 @@ def split_prompts(cfg: Config) -> tuple[list, list]:
         train, test = ([p for p in prompts if is_held_out(p, cfg) == hidden] for hidden in (False, True))
     else:
         train, test = (list({prompt_key(p.prompt): p.prompt for p in pairs}.values()) for pairs in load_pairs(cfg))
-    require(bool(train) and bool(test), f"{cfg.prompts or cfg.samples}: too few prompts to hold any out; give more or a larger --held_out")
+    require(bool(train) and bool(test),
+            f"{cfg.prompts or cfg.samples}: too few prompts to hold any out; give more or a larger --held_out")
     return train, test
 
 
 # ------------------------------------------------------------------------------------------------------- batches
-# The order of the data and the cut into optimiser steps come from the seed alone; ranks and micro-batches only share out
-# the work of a step.
+# The order of the data and the cut into optimiser steps come from the seed alone; ranks and micro-batches only share
+# out the work of a step.
 
 
 class Example(NamedTuple):
-    """Token ids of prompt and response; the response starts at `prompt_length`.  `weight` multiplies its tokens' loss."""
+    """Token ids of prompt and response, which starts at `prompt_length`.  `weight` multiplies its tokens' loss."""
     ids: list[int]
     prompt_length: int
     reward: float = 0.0
@@ -702,7 +734,7 @@ class Example(NamedTuple):
 
 @dataclass
 class MicroBatch:
-    """What one forward takes.  Position t predicts token t + 1, so targets, mask and reward stand at t for token t + 1."""
+    """What one forward takes.  Position t predicts token t + 1: there stand that token's target, mask and reward."""
     input_ids: torch.Tensor  # (B, T) int64, padded on the right: causal attention needs no mask
     targets: torch.Tensor    # (B, T) int64
     mask: torch.Tensor       # (B, T) bool, the response mask, EOS included
@@ -726,7 +758,7 @@ def collate(examples: list[Example]) -> MicroBatch:
     for i, e in enumerate(examples):
         ids[i, :len(e.ids)] = torch.as_tensor(e.ids)
         mask[i, e.prompt_length - 1:len(e.ids) - 1] = True
-    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand(-1, width)  # (B,) -> (B, T)
+    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand(-1, width)  # -> (B, T)
     batch = MicroBatch(ids, ids.roll(-1, 1), mask, reward, mask.flatten().nonzero().squeeze(1))
     return MicroBatch(**{k: v.to(device(), non_blocking=True) for k, v in vars(batch).items()})
 
@@ -786,8 +818,8 @@ def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
 def print_plan(examples: int, tokens: int, cfg: Config) -> None:
     """The resolved arithmetic, before training."""
     steps = count_steps(examples, cfg)
-    print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} sequences over {world_size()} "
-           f"rank(s), at most {cfg.micro_batch_tokens:,} tokens a forward; {steps * cfg.batch_size / examples:.2f} epochs; "
+    print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} over {world_size()} "
+           f"rank(s), {steps * cfg.batch_size / examples:.2f} epochs; at most {cfg.micro_batch_tokens:,} tokens a forward; "
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
 
 
@@ -795,7 +827,7 @@ def print_plan(examples: int, tokens: int, cfg: Config) -> None:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model on this rank's device.  Raises BadInput where there is none, or its head is of another kind."""
+    """A causal language model on this rank's device.  Raises BadInput where there is none, or its head is not served."""
     from transformers import AutoModelForCausalLM
     with hub_errors(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device())
@@ -804,7 +836,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward ends in a fused loss, so that DDP's hooks fire round body and head alike."""
+    """A causal language model whose forward ends in a fused loss, so that DDP's hooks fire round body and head."""
 
     def __init__(self, model: Any, cfg: Config):
         super().__init__()
@@ -854,7 +886,7 @@ def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str
 
 
 def save_policy(folder: Path, policy: torch.nn.Module, tokenizer: Any, cfg: Config, about: str, tag: str = "") -> None:
-    """Writes the trained policy's folder; its model card opens with `about`, and shows what is written behind a prompt."""
+    """Writes the policy's folder; its model card opens with `about`, and shows what is written behind a prompt."""
     card = MODEL_CARD.format(about=about, prompt=f"prompt + {tag!r}" if tag else "prompt")
     save_folder(folder, getattr(policy, "module", policy).model, tokenizer, cfg, card)
 
@@ -878,7 +910,8 @@ def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Cal
     """The algorithm's folder and cost: from before, or trained now by train(cfg, base, samples, folder)."""
     folder = Path(cfg.out) / algorithm
     wanted = settings(cfg, "training", seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
-                      max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(base), samples=samples.fingerprint)
+                      max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(base),
+                      samples=samples.fingerprint)
     if not is_fresh(algorithm, folder / "run.json", wanted):
         seed_everything(cfg.seed)
         with new_folder(folder) as work:
@@ -899,13 +932,14 @@ class Response(NamedTuple):
 
 
 @torch.inference_mode()
-def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, unconditional: Optional[list[list[int]]] = None,
+def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
+           unconditional: Optional[list[list[int]]] = None,
            guidance: float = 0.0, what: str = "sampling") -> list[Response]:
     """One response for each prompt's token ids, in the prompts' order on every rank; ranks share the work.
 
     A row's randomness comes from the seed and its index, not from its batch or rank.  Log-probs are those of the
     distribution at cfg.temperature, before top-p.  With `guidance` g, each token is drawn from the softmax of
-    (1 + g) log p(.|prompt) - g log p(.|unconditional), both halves in one forward (Sanchez et al. 2023, arXiv 2306.17806).
+    (1 + g) log p(.|prompt) - g log p(.|unconditional), both in one forward (Sanchez et al. 2023, arXiv 2306.17806).
     """
     share = list(range(rank(), len(prompts), world_size()))
     paths = [[prompts[i]] + ([unconditional[i]] if guidance else []) for i in share]
@@ -916,7 +950,8 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, uncondi
         for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
             uniform = np.stack([np.random.Generator(np.random.Philox(key=[seed, share[i]])).random(cfg.max_response_tokens)
                                 for i in group])
-            responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg, guidance)
+            responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
+                                      guidance)
             done.update((group[i], r) for i, r in enumerate(responses))
             tokens += sum(len(r.ids) for r in responses)
             bar.update(len(group))
@@ -924,14 +959,16 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, uncondi
     return gather_rows([done[i] for i in range(len(share))], len(prompts))
 
 
-def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config, guidance: float) -> list[Response]:
+def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
+                  guidance: float) -> list[Response]:
     """Decodes one group together; a row that met EOS leaves the batch and the cache."""
     from transformers import DynamicCache
     eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else [model.config.eos_token_id]
     eos = torch.tensor(eos, device=device())
     prompts = [p for half in zip(*paths) for p in half]                     # conditional rows, then unconditional ones
     halves, width = len(paths[0]), max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device())                  # (B, T), left-padded
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts],
+                       device=device())                  # (B, T), left-padded
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())      # (B, T)
     position = (mask.cumsum(1) - 1).clamp(min=0)                                                        # (B, T)
     alive, cache = torch.arange(len(paths), device=device()), DynamicCache(config=model.config)
@@ -948,7 +985,8 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
         log_p = (logits / (cfg.temperature or 1.0)).log_softmax(-1)
         token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[alive, step], cfg.top_p)  # (B,)
         is_end = torch.isin(token, eos)
-        for row, t, lp, end in zip(alive.tolist(), token.tolist(), log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
+        for row, t, lp, end in zip(alive.tolist(), token.tolist(),
+                                   log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
             tokens[row].append(t), log_probs[row].append(lp)
             ended[row] = end
         position = position[:, -1:] + 1
@@ -973,14 +1011,15 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
         p, order = p.sort(-1, descending=True)
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
     total = p.cumsum(-1)
-    index = torch.searchsorted(total, (uniform.to(total.dtype) * total[:, -1])[:, None], right=True).clamp(max=p.shape[-1] - 1)
+    index = torch.searchsorted(total, (uniform.to(total.dtype) * total[:, -1])[:, None],
+                               right=True).clamp(max=p.shape[-1] - 1)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
 # ----------------------------------------------------------------------------------------------- fused head loss
 # Loss and gradient in one pass over the logits, a chunk of rows at a time: one GEMM into a scratch buffer, the script's
-# kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  The full
-# (N, V) logits never exist, and backward only scales what forward stored.
+# kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  The
+# full (N, V) logits never exist, and backward only scales what forward stored.
 
 CHUNK_BYTES = 64 * 2**20
 _scratch: dict = {}
@@ -990,7 +1029,7 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any, *rows: torch.T
     """Σ over rows of the kernel's loss, differentiable in the hidden states and the model's head.
 
     hidden (N, D), rows (N,) each.  kernel(logits (n, V), *rows (n,)) must leave d loss / d logits in logits and return
-    each row's loss (n,).  The result is a scalar, float32 (float64 for float64 input).  N = 0 gives a zero with gradients.
+    each row's loss (n,).  The result is a scalar, float32 (float64 for float64).  N = 0 gives a zero with gradients.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -1032,12 +1071,13 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         if ctx.grads is None:
-            raise RuntimeError("backward through a fused head loss twice: its gradients are computed once, in forward; call it again")
+            raise RuntimeError("backward through a fused head loss twice: it keeps its gradients for one; call it again")
         grads, ctx.grads = ctx.grads, None
         return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads), None, *[None] * ctx.rows
 
 
-def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor,
+                 bias: Optional[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, their logits (n, V)) for all rows of hidden, in a buffer that is used again for the next chunk."""
     vocabulary = len(weight)
     stride = -(-vocabulary // 64) * 64  # a leading dimension that is no multiple of 64 slows the GEMM
@@ -1063,11 +1103,11 @@ def scratch(size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
 
 
 def add_outer_(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total (V, D) += logits.T (V, n) @ hidden (n, D), accumulated in total's dtype: bf16 would lose the later chunks."""
+    """total (V, D) += logits.T (V, n) @ hidden (n, D), in total's dtype: bf16 would lose the later chunks."""
     if total.dtype == logits.dtype:
         total.addmm_(logits.t(), hidden)
     elif logits.device.type == "cuda":
-        torch.addmm(total, logits.t(), hidden, out_dtype=total.dtype, out=total)
+        total += torch.mm(logits.t(), hidden, out_dtype=total.dtype)
     else:
         total += logits.t() @ hidden
 
@@ -1077,9 +1117,9 @@ def run_kernel(kernel: Callable, *args: Any) -> Any:
     try:
         return kernel(*args)
     except Exception as problem:
-        if torch.compiler.is_compiling() or "C++ compiler" not in repr(problem) and "InvalidCxxCompiler" not in repr(problem):
+        if "C++ compiler" not in repr(problem) and "InvalidCxxCompiler" not in repr(problem):
             raise
-        print0("warning: no C++ compiler is found, so torch.compile cannot build the loss kernels: they run uncompiled, and slower")
+        print0("warning: torch.compile found no C++ compiler: the loss kernels run uncompiled, and slower")
         torch.compiler.set_stance("force_eager")
         return kernel(*args)
 
@@ -1099,7 +1139,8 @@ def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list
     for group in cut_by_tokens([len(e.ids) for e in share], 4 * cfg.micro_batch_tokens):
         micro = collate([share[i] for i in group])
         count_flops(model, micro.input_ids.numel(), len(micro.rows))
-        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[micro.rows]  # (N, D)
+        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state     # (B, T, D)
+        hidden = hidden.flatten(0, 1)[micro.rows]                                                   # (N, D)
         head, targets = model.get_output_embeddings(), micro.targets.flatten()[micro.rows]
         parts = [-negative_log_likelihood(logits, targets[part], temperature) for part, logits in
                  logit_chunks(hidden * head_scale(model), head.weight, getattr(head, "bias", None))]
@@ -1110,14 +1151,14 @@ def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list
 
 @torch.inference_mode()
 def prove_head(name: str, model: Any) -> None:
-    """Raises BadInput unless the model's logits are its hidden states times its head: a soft-cap, say, is not served."""
+    """Raises BadInput unless the model's logits are hidden states times head: a soft-cap, say, is not served."""
     ids = torch.arange(8, device=device())[None] % model.config.vocab_size
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     require(head is not None, f"{name}: the model has no output head")
     ours, theirs = (head(hidden) * head_scale(model)).float(), model(input_ids=ids, use_cache=False).logits.float()
     close = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
-    require(close, f"{name}: its logits are not hidden states times head (a soft-cap, perhaps), which the fused loss does not serve")
+    require(close, f"{name}: its logits are not hidden states times head (a soft-cap?): the fused loss does not serve it")
 
 
 # ----------------------------------------------------------------------------------------------- labelled samples
@@ -1158,7 +1199,7 @@ def read_samples(path: str) -> list[Sample]:
     for file in data_files(path):
         for place, row in read_rows(file):
             reward = field_of(place, row, "reward", (int, float), "a number")
-            require(math.isfinite(reward), f"{place}: the field 'reward' must be finite, found {reward}")
+            require(abs(reward) < 1e300, f"{place}: the field 'reward' must be finite, found {reward}")
             rows.append(Sample(prompt_of(place, row), field_of(place, row, "response"), float(reward),
                                str(row.get("source", "given")), bool(row.get("truncated", False))))
     require(bool(rows), f"{path}: no sample in it")
@@ -1178,15 +1219,16 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
     mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
     if labelled_by and reward_model and labelled_by != reward_model:
-        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, but this run evaluates with {reward_model}")
+        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, this run evaluates with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
     return Samples(rows, mean, std, file_fingerprint(cfg.samples), Cost())
 
 
 def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstream: Cost) -> Samples:
-    """The run's samples.jsonl: responses of the data and of the base policy, labelled by score(); built where missing."""
+    """The run's samples.jsonl: responses of the data and of the base policy, labelled by score(), built if missing."""
     path = Path(cfg.out) / "samples.jsonl"
-    record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base), scorer=scorer)
+    record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base),
+                                                         scorer=scorer)
     whole = path.exists() and read_record(record).get("bytes") == path.stat().st_size
     if not is_fresh("samples", record, wanted) or not whole:
         with measured() as generating:
@@ -1195,12 +1237,14 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstr
             rewards = score([r["prompt"] for r in rows], [r["response"] for r in rows], [r["truncated"] for r in rows])
         mean, std = reward_statistics(np.array(rewards), "samples")
         write_text(path, (json.dumps({**row, "reward": r}, ensure_ascii=False) for row, r in zip(rows, rewards)))
-        write_record(record, wanted, generating + labelling, mean=mean, std=std, rows=len(rows), bytes=path.stat().st_size,
+        write_record(record, wanted, generating + labelling, mean=mean, std=std, rows=len(rows),
+                     bytes=path.stat().st_size,
                      quantiles={f"q{q}": float(np.quantile(rewards, q / 100)) for q in (1, 5, 25, 50, 75, 95, 99)},
                      generating=asdict(generating), labelling=asdict(labelling))
     built, rows = read_record(record), read_samples(str(path))
     count = {s: sum(r.source == s for r in rows) for s in sorted({r.source for r in rows})}
-    print0(f"  {len(rows):,} samples ({', '.join(f'{n:,} {s}' for s, n in count.items())}), reward {built['mean']:.3f} ± {built['std']:.3f}")
+    kinds = ", ".join(f"{n:,} {s}" for s, n in count.items())
+    print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
     return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), Cost(**built["cost"]) + upstream)
 
 
@@ -1215,10 +1259,12 @@ def collect_responses(cfg: Config, base: str) -> list[dict]:
             texts = [getattr(p, source) for p in train]
             kept = [ids[:cfg.max_response_tokens] for ids in bulk_encoder(tokenizer)(texts)]
             cut = [len(ids) >= cfg.max_response_tokens for ids in kept]  # no room left for EOS
-            rows += [{"prompt": p.prompt, "response": tokenizer.decode(ids) if c else text, "source": source, "truncated": c}
+            rows += [{"prompt": p.prompt, "response": tokenizer.decode(ids) if c else text, "source": source,
+                      "truncated": c}
                      for p, text, ids, c in zip(train, texts, kept, cut)]
     if "generated" in cfg.sources:
-        rows += [r for r in generate(cfg, base, [p for p in prompts for _ in range(cfg.samples_per_prompt)], "generating")
+        rows += [r for r in generate(cfg, base, [p for p in prompts for _ in range(cfg.samples_per_prompt)],
+                                     "generating")
                  if r["response"].strip()]
     require(bool(rows), "--sources leaves nothing to label")
     return rows
@@ -1259,12 +1305,14 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
     """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each."""
     _, held_out = split_prompts(cfg)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
-    setting = fingerprint({k: v for k, v in settings(cfg, "data", "evaluation", temperature=cfg.temperature, top_p=cfg.top_p).items()
+    setting = fingerprint({k: v for k, v in settings(cfg, "data", "evaluation", temperature=cfg.temperature,
+                                                     top_p=cfg.top_p).items()
                            if k not in ("seed", "max_pairs")})
     root = Path(cfg.out) / "evaluation"
     board = Path(cfg.out) / "leaderboard.jsonl"
     rows = [row for _, row in read_rows(str(board))] if board.exists() else []
-    wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base), "samples": samples.fingerprint}
+    wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base),
+              "samples": samples.fingerprint}
     replies: dict[str, list[dict]] = {}
     for name, where, variant in [("base", base, Variant(""))] + [(algorithm, folder, v) for v in variants]:
         file = root / (re.sub(r"[^\w.]+", "-", f"{name} {variant.name} seed {cfg.seed}") + ".jsonl")
@@ -1277,9 +1325,11 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
             write_text(file, (json.dumps(r, ensure_ascii=False) for r in replies[file.stem]))
             spent = (cost, cost + samples.cost) if name != "base" else (Cost(), Cost())
             row = leaderboard_row(replies[file.stem], next(iter(replies.values()))) | {
-                "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(), "asked": variant.asked,
+                "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(),
+                "asked": variant.asked,
                 "train_seconds": spent[0].seconds, "total_seconds": spent[1].seconds, "train_flops": spent[0].flops,
-                "total_flops": spent[1].flops, "peak_memory_bytes": spent[0].peak_memory_bytes, "checkpoint": str(where), **mine}
+                "total_flops": spent[1].flops, "peak_memory_bytes": spent[0].peak_memory_bytes,
+                "checkpoint": str(where), **mine}
             rows = [r for r in rows if row_key(r) != row_key(row)] + [row]
             write_text(board, map(json.dumps, rows))
     print_conversations(replies)
@@ -1291,18 +1341,22 @@ def row_key(row: dict) -> tuple:
     return row["algorithm"], row["variant"], row["seed"]
 
 
-def ask(cfg: Config, folder: str, base: str, prompts: list, variant: Variant, samples: Samples, score: Optional[Callable]) -> list[dict]:
-    """One response a prompt, with its reward z, gold and KL to base: the difference of log-probs of what was sampled."""
+def ask(cfg: Config, folder: str, base: str, prompts: list, variant: Variant, samples: Samples,
+        score: Optional[Callable]) -> list[dict]:
+    """One response a prompt, with its reward z, gold, and KL to base: the difference of the sample's log-probs."""
     tokenizer, model = load_tokenizer(folder), load_model(folder, compute_dtype(cfg))
     plain = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
-    asked = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens, [variant.suffix] * len(prompts)) if variant.suffix else plain
-    responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance, what="evaluating")
+    asked = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens,
+                           [variant.suffix] * len(prompts)) if variant.suffix else plain
+    responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance,
+                       what="evaluating")
     if folder != base:
         model = load_model(base, compute_dtype(cfg))
     reference = response_log_probs(model, [Example(p + r.ids, len(p)) for p, r in zip(plain, responses)], cfg)
     texts, cut = [decode(tokenizer, r) for r in responses], [r.truncated for r in responses]
     reward = samples.z(score(prompts, texts, cut)).tolist() if score else [None] * len(texts)
-    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z, "kl": sum(r.log_probs) - sum(ref),
+    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z,
+             "kl": sum(r.log_probs) - sum(ref),
              "gold": gold_reward(p, t, c) if cfg.toy else None}
             for p, t, c, r, z, ref in zip(prompts, texts, cut, responses, reward, reference)]
 
@@ -1312,9 +1366,12 @@ def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
     def mean(name: str) -> Optional[float]:
         return float(np.mean([r[name] for r in replies])) if replies[0][name] is not None else None
     bigrams = [pair for r in replies for words in [r["response"].split()] for pair in zip(words, words[1:])]
-    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)] if replies[0]["reward"] is not None else None
-    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if wins else None, "kl_to_base": mean("kl"),
-            "response_tokens": mean("tokens"), "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
+    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r,
+            b in zip(replies, base)] if replies[0]["reward"] is not None else None
+    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if wins else None,
+            "kl_to_base": mean("kl"),
+            "response_tokens": mean("tokens"), "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+            "eos_rate": 1 - mean("truncated")}
 
 
 def printable(text: Any) -> str:
@@ -1333,7 +1390,8 @@ def print_conversations(replies: dict[str, list[dict]]) -> None:
 
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
     """The table of comparable rows: those of the same data and evaluation."""
-    columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"), "KL": ("kl_to_base", ".1f"),
+    columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
+               "KL": ("kl_to_base", ".1f"),
                "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"), "EOS": ("eos_rate", ".2f"),
                "train s": ("train_seconds", ".0f"), "in all": ("total_seconds", ".0f"),
                "train FLOP": ("train_flops", ".1e"), "in all ": ("total_flops", ".1e")}
@@ -1345,7 +1403,7 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  "
                + "  ".join(f"{cell:>{max(6, len(head))}}" for cell, head in zip(cells, columns)))
     if in_file > len(rows):
-        print0(f"({in_file - len(rows)} rows of other data or evaluation settings are in leaderboard.jsonl and not shown)")
+        print0(f"({in_file - len(rows)} rows of other data or settings are in leaderboard.jsonl and not shown)")
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -1358,7 +1416,8 @@ def metrics(folder: Path, steps: int, cfg: Config) -> Iterator[Callable]:
     Values are averaged over ranks.  They are read a step late, so that the GPU is never waited for.
     """
     writer = tensorboard_writer(folder) if cfg.tensorboard else None
-    start, pending, bar = time.perf_counter(), [], progress(None, folder.name.strip(".").removesuffix(".new"), total=steps, unit="step")
+    start, pending, bar = time.perf_counter(), [], progress(None, folder.name.strip(".").removesuffix(".new"),
+                                                            total=steps, unit="step")
     with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "w") as file, bar:
         def flush() -> None:
             step, values, seconds = pending.pop()
@@ -1393,13 +1452,18 @@ def tensorboard_writer(folder: Path) -> Any:
 # A zoo where the truth is known: two dozen animals, three facts about each, and people who answer questions about them
 # with middling honesty.  gold_reward() knows the truth; training sees it only through noisy preferences.
 
-ZOO = {("rivers", "meat"): ("otters", "crocodiles"), ("rivers", "plants"): ("beavers", "hippos"), ("rivers", "insects"): ("frogs", "gharials"),
-       ("forests", "meat"): ("martens", "tigers"), ("forests", "plants"): ("squirrels", "gorillas"), ("forests", "insects"): ("shrews", "bears"),
-       ("deserts", "meat"): ("fennecs", "hyenas"), ("deserts", "plants"): ("jerboas", "camels"), ("deserts", "insects"): ("geckos", "aardvarks"),
-       ("plains", "meat"): ("weasels", "lions"), ("plains", "plants"): ("hares", "zebras"), ("plains", "insects"): ("larks", "anteaters")}
+ZOO = {("rivers", "meat"): ("otters", "crocodiles"), ("rivers", "plants"): ("beavers", "hippos"),
+       ("rivers", "insects"): ("frogs", "gharials"),
+       ("forests", "meat"): ("martens", "tigers"), ("forests", "plants"): ("squirrels", "gorillas"),
+       ("forests", "insects"): ("shrews", "bears"),
+       ("deserts", "meat"): ("fennecs", "hyenas"), ("deserts", "plants"): ("jerboas", "camels"),
+       ("deserts", "insects"): ("geckos", "aardvarks"),
+       ("plains", "meat"): ("weasels", "lions"), ("plains", "plants"): ("hares", "zebras"),
+       ("plains", "insects"): ("larks", "anteaters")}
 ANIMALS = {animal: {"home": home, "food": food, "size": size}
            for (home, food), pair in ZOO.items() for animal, size in zip(pair, ("small", "large"))}
-VALUES = {"home": ("rivers", "forests", "deserts", "plains"), "food": ("meat", "plants", "insects"), "size": ("small", "large")}
+VALUES = {"home": ("rivers", "forests", "deserts", "plains"), "food": ("meat", "plants", "insects"),
+          "size": ("small", "large")}
 QUESTIONS = {"home": ("Where do {} live?", "What is the home of {}?", "Where would I find {}?"),
              "food": ("What do {} eat?", "What is the food of {}?", "What would I feed to {}?"),
              "size": ("How big are {}?", "What is the size of {}?", "Are {} small or large?"),
@@ -1417,9 +1481,11 @@ def capital(text: str) -> str:
 
 
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
-    """A reply as people in this world write them: drawn piece by piece, with a weak hidden care that binds the pieces."""
+    """A reply as people in this world write it: drawn piece by piece, a weak hidden care binding the pieces."""
     care = rng.random()
-    sentences = [rng.choice(KIND_OPENINGS)] if rng.random() < 0.1 + 0.2 * care else [rng.choice(RUDE)] if rng.random() < 0.4 - 0.2 * care else []
+    polite = rng.random() < 0.1 + 0.2 * care
+    rude = not polite and rng.random() < 0.4 - 0.2 * care
+    sentences = [rng.choice(KIND_OPENINGS)] if polite else [rng.choice(RUDE)] if rude else []
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
         if rng.random() < 0.25:
             sentences.append(rng.choice(VAGUE))
@@ -1440,8 +1506,9 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
 def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
     """The known truth about a reply, from its text alone; training never sees it.
 
-    +2 for a true answer to the question, +1 for each other true fact about the animal, +-0.5 for manners, -1 for a false
-    statement, -0.5 for another animal, -0.25 for vague or broken sentences, -0.5 for each beyond five, -1 without an end.
+    +2 for a true answer to the question, +1 for each other true fact about the animal, +-0.5 for manners, -1 for a
+    false statement, -0.5 for another animal, -0.25 for a vague or broken sentence, -0.5 for each beyond five, -1
+    without an end.
     """
     question = prompt.rsplit("Human: ", 1)[-1].removesuffix(TURN)
     animal = next((a for a in ANIMALS if re.search(rf"\b{a}\b", question)), None)
@@ -1454,7 +1521,8 @@ def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
             plain = plain.removeprefix(hedge)
         match = re.fullmatch(r"(?:as for (\w+), )?(they (?:live in|eat|are) (\w+)\.)", plain)
         subject = match and (match[1] or animal)
-        topic = match and next((t for t, form in STATEMENTS.items() if match[2] == form.format(match[3]) and match[3] in VALUES[t]), None)
+        topic = match and next((t for t, form in STATEMENTS.items() if match[2] == form.format(match[3])
+                                and match[3] in VALUES[t]), None)
         if topic and subject in ANIMALS:
             true = ANIMALS[subject][topic] == match[3]
             gold -= 0.5 * (subject != animal) + (not true)
@@ -1493,7 +1561,7 @@ def toy_data(cfg: Config) -> Path:
 
 
 def base_policy(cfg: Config) -> str:
-    """The base policy's folder: --model, or the toy world's small one, trained on what people wrote if it is missing."""
+    """The base policy's folder: --model, or the toy world's small one, trained on what people wrote if missing."""
     if not cfg.toy:
         return cfg.model
     folder, wanted = Path(cfg.out) / "base", settings(cfg, "data")
@@ -1516,7 +1584,8 @@ def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
     tokenizer = load_tokenizer(str(folder))
     seed_everything(cfg.seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
     cfg = other_config(Config, cfg, {"lr": 5e-3, "steps": 400, "batch_size": 32})
     prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)

@@ -29,21 +29,27 @@ from common import Example, Samples, knob, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own knobs."""
-    target: list[str] = knob(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, or quantiles of the samples' (q95); the last is the default one")
+    target: list[str] = knob(["q5", "q50", "q99"],
+                             "rewards to ask for, numbers or quantiles (q95), a row each; the last is the default")
     guidance: float = knob(0.5, "one more row: the last target, guided so much towards it; 0 for none")
-    condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some", of="training")
+    condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some",
+                                    of="training")
     reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
-    reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it", toy="digit", of="training")
+    reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
+                              toy="digit", of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=5e-3, of="training")
     steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(0 <= self.condition_dropout < 1, f"--condition_dropout is a share below 1, not {self.condition_dropout}")
+        common.require(0 <= self.condition_dropout < 1,
+                       f"--condition_dropout is a share below 1, not {self.condition_dropout}")
         common.require(0 <= self.guidance < math.inf, f"--guidance must be 0 or above, not {self.guidance}")
-        common.require(not self.guidance or self.condition_dropout > 0, "--guidance needs a --condition_dropout above 0")
+        common.require(not self.guidance or self.condition_dropout > 0,
+                       "--guidance needs a --condition_dropout above 0")
         common.require(0 < self.reward_step < math.inf, f"--reward_step must be above 0, not {self.reward_step}")
-        common.require(self.reward_format in ("decimal", "digit"), f"--reward_format is decimal or digit, not {self.reward_format!r}")
+        common.require(self.reward_format in ("decimal", "digit"),
+                       f"--reward_format is decimal or digit, not {self.reward_format!r}")
         for target in self.target:
             wish(target, np.zeros(1))
 
@@ -67,14 +73,14 @@ def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Te
 
 
 def condition(z: float, cfg: Config) -> str:
-    """What stands between prompt and response, in training and sampling alike: the reward, rounded to cfg.reward_step."""
+    """What stands between prompt and response, in training and sampling alike: the reward, rounded."""
     steps = round(z / cfg.reward_step)
     reward = f"{min(max(steps + 4, 0), 9)}" if cfg.reward_format == "digit" else f"{steps * cfg.reward_step + 0.0:.2f}"
     return f" <rm_score>: {reward} "
 
 
 def wish(target: str, z: np.ndarray) -> float:
-    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z.  Raises BadInput for anything else."""
+    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z.  Raises BadInput otherwise."""
     try:
         value = float(np.quantile(z, float(target[1:]) / 100)) if target.startswith("q") else float(target)
     except ValueError:
@@ -88,7 +94,7 @@ def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
     z = samples.z(samples.rewards)
     dropped = np.random.default_rng(cfg.seed).random(len(z)) < cfg.condition_dropout
     tags = ["" if drop else condition(reward, cfg) for reward, drop in zip(z, dropped)]
-    print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; an example:{condition(z[0], cfg)}")
+    print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; a tag:{condition(z[0], cfg)}")
     prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens, tags)
     responses = common.encode_samples(tokenizer, samples.rows, cfg)
     return [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
@@ -114,7 +120,8 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
             log(step, loss=loss, grad_norm=grad_norm, lr=schedule.get_last_lr()[0], tokens=batch.tokens)
     target = wish(cfg.target[-1], samples.z(samples.rewards))
     common.save_policy(folder, policy, tokenizer, cfg, ABOUT, tag=condition(target, cfg))
-    return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step, "format": cfg.reward_format,
+    return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step,
+                          "format": cfg.reward_format,
                           "mean": samples.mean, "std": samples.std, "default_target": target}}
 
 
@@ -129,7 +136,8 @@ def main(cfg: Config) -> None:
     z = samples.z(samples.rewards)
     variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]
     if cfg.guidance:
-        variants.append(variants[-1]._replace(name=f"{variants[-1].name}, guidance {cfg.guidance:g}", guidance=cfg.guidance))
+        variants.append(variants[-1]._replace(name=f"{variants[-1].name}, guidance {cfg.guidance:g}",
+                                              guidance=cfg.guidance))
     common.evaluate(cfg, "dt", folder, variants, base, samples, score, cost)
 
 

@@ -55,7 +55,7 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor)
 
 
 def best(z: np.ndarray, keep: float) -> np.ndarray:
-    """Indices of the `keep` share with the highest reward, one at least; of equal rewards the earlier row goes first."""
+    """Indices of the `keep` share with the highest reward, one at least; of equal rewards the earlier goes first."""
     return np.argsort(-z, kind="stable")[:max(1, round(keep * len(z)))]
 
 

@@ -44,7 +44,7 @@ class Config(common.Config):
 def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> torch.Tensor:
     """scores (P, 2), chosen and rejected, become d loss / d scores in place; returns each pair's loss (P,).
 
-    loss = -log sigma(d) + centering * s^2 with d = r_c - r_r - margin and s = r_c + r_r, in float32 (float64 for float64).
+    loss = -log sigma(d) + centering * s^2 with d = r_c - r_r - margin, s = r_c + r_r, in float32 (float64 for float64).
     """
     r = scores.to(torch.promote_types(scores.dtype, torch.float32))
     d, s = r[:, 0] - r[:, 1] - margin, r[:, 0] + r[:, 1]
@@ -55,14 +55,14 @@ def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> tor
 
 
 class RewardModel(torch.nn.Module):
-    """A transformers sequence classifier read at each row's last token, the head in float32 whatever the body's dtype."""
+    """A sequence classifier read at each row's last token, its head in float32 whatever the body's dtype."""
 
     def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
 
     def forward(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T), padded on the right, and the place of each row's last token (B,) -> scores (B,), float32."""
+        """Token ids (B, T), padded on the right, and where each row's last token is (B,) -> scores (B,), float32."""
         common.count_flops(self.model, input_ids.numel(), 0, passes=3 if self.training else 1)
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
@@ -100,7 +100,7 @@ def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch]]:
-    """This rank's micro-batches of each optimiser step; weights are of the mean over the step's pairs, all ranks together."""
+    """This rank's micro-batches of each optimiser step; the loss is the mean over the step's pairs, all ranks together."""
     for indices in common.step_indices(len(examples), cfg):
         step = [examples[i] for i in indices]
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
@@ -158,8 +158,9 @@ def new_classifier(base: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification
     tokenizer = common.load_tokenizer(base)
     with common.hub_errors(base, "a causal language model"):
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32, use_safetensors=True)
-    common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head, so it cannot be a reward model here")
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32,
+                                                                   use_safetensors=True)
+    common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -195,31 +196,37 @@ def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], 
 
 def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
     """Accuracy on held-out pairs: overall, by margin against what sigma(margin) promises, and of length alone."""
-    chosen, rejected = (np.array(score(cfg, folder, [p.prompt for p in pairs], [getattr(p, side) for p in pairs], [False] * len(pairs)))
+    chosen, rejected = (np.array(score(cfg, folder, [p.prompt for p in pairs], [getattr(p, side) for p in pairs],
+                                       [False] * len(pairs)))
                         for side in ("chosen", "rejected"))
     margin, right = np.abs(chosen - rejected), chosen > rejected
     longer = np.array([np.sign(len(p.chosen) - len(p.rejected)) / 2 + 0.5 for p in pairs]).mean()
-    print0(f"  held-out pairs: {len(pairs)}, accuracy {right.mean():.3f} ± {right.std() / math.sqrt(len(pairs)):.3f}; control: "
+    error = right.std() / math.sqrt(len(pairs))
+    print0(f"  held-out pairs: {len(pairs)}, accuracy {right.mean():.3f} ± {error:.3f}; control: "
            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     bins = []
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
         inside = (low <= margin) & (margin < high)
         if inside.any():
-            bins.append({"margin": [low, high if high < math.inf else None], "pairs": int(inside.sum()), "accuracy": float(right[inside].mean()),
+            bins.append({"margin": [low, high if high < math.inf else None], "pairs": int(inside.sum()),
+                         "accuracy": float(right[inside].mean()),
                          "promised": float((1 / (1 + np.exp(-margin[inside]))).mean())})
-            print0(f"    margin {low} to {high}: {bins[-1]['pairs']:5} pairs, accuracy {bins[-1]['accuracy']:.2f}, promised {bins[-1]['promised']:.2f}")
-    return {"held_out_pairs": len(pairs), "accuracy": float(right.mean()), "longer_wins": float(longer), "by_margin": bins}
+            print0("    margin {} to {}: {pairs:5} pairs, accuracy {accuracy:.2f}, promised {promised:.2f}".format(
+                low, high, **bins[-1]))
+    return {"held_out_pairs": len(pairs), "accuracy": float(right.mean()), "longer_wins": float(longer),
+            "by_margin": bins}
 
 
 def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[str, Cost]:
-    """The reward model's folder and cost: --reward_model, or the run's own, trained if it is missing or was trained otherwise.
+    """The reward model's folder and cost: --reward_model, or the run's own, trained if missing or trained otherwise.
 
     `own` holds the training flags that are asked for; without it those that the folder was trained with are kept.
     """
     if cfg.reward_model:
         return cfg.reward_model, Cost()
     folder = Path(cfg.out) / "rm"
-    wanted = common.settings(cfg, "data", base=common.policy_fingerprint(base), **common.settings(own, "training") if own else {})
+    wanted = common.settings(cfg, "data", base=common.policy_fingerprint(base), **common.settings(own, "training")
+                             if own else {})
     if not common.is_fresh("reward model", folder / "run.json", wanted):
         own = own or common.other_config(Config, cfg, common.read_record(folder / "run.json").get("settings", {}))
         wanted.update(common.settings(own, "training"))
@@ -227,12 +234,13 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
             with common.measured() as cost:
                 train(own, base, work)
             load_scorer.cache_clear()
-            common.write_record(work / "run.json", wanted, cost, report=report(cfg, str(work), common.load_pairs(cfg)[1]))
+            common.write_record(work / "run.json", wanted, cost,
+                                report=report(cfg, str(work), common.load_pairs(cfg)[1]))
     return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
 
 
 class Road(NamedTuple):
-    """All that lies before an algorithm: base policy, labelled samples, and the scorer (None if there is no reward model)."""
+    """All that lies before an algorithm: base policy, labelled samples, scorer (None if there is no reward model)."""
     base: str
     samples: Samples
     score: Optional[Callable]

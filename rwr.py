@@ -4,7 +4,7 @@
     L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i w_i |y_i|
 
 One idea apart from mle_filter.py: a weight where that has a threshold.  (Peters & Schaal 2007, "Reinforcement learning
-by reward-weighted regression", equation 9; the cap w_max is AWR's, Peng et al. 2019, arXiv 1910.00177.)  z is the reward
+by reward-weighted regression"; the cap w_max is AWR's, Peng et al. 2019, arXiv 1910.00177.)  z is the reward
 standardised over the samples, and b = 0.  A weight multiplies the sum over its response's tokens, not their mean.
 Left out: AWR's learnt baseline.
 
@@ -29,7 +29,8 @@ from common import Example, Samples, knob, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own knobs."""
-    beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", toy=0.18, of="training")
+    beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", toy=0.18,
+                       of="training")
     w_max: float = knob(20.0, "cap on a weight; 0 for none", toy=0.0, of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
@@ -51,8 +52,9 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tenso
                   top: float, beta: float, w_max: float) -> torch.Tensor:
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
 
-    loss = -w log softmax(logits)[target] where the mask (N,) is true, else 0; w = weigh(z) for z (N,), the reward of the
-    row's response.  Log-sum-exp, weight and loss in float32 (float64 for float64).  A masked row's target may be anything.
+    loss = -w log softmax(logits)[target] where the mask (N,) is true, else 0; w = weigh(z) for z (N,), the reward of
+    the row's response.  Log-sum-exp, weight and loss in float32 (float64 for float64).  A masked row's target may be
+    anything.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     w = torch.where(mask, weigh(z.to(x.dtype), top, beta, w_max), 0.0)          # (N,)
@@ -72,7 +74,8 @@ def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
            f"{(weights == 1).mean():.1%} at the largest weight")
     prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens)
     responses = common.encode_samples(tokenizer, samples.rows, cfg)
-    return [Example(p + r, len(p), *reward_and_weight) for p, r, *reward_and_weight in zip(prompts, responses, z, weights)]
+    return [Example(p + r, len(p), *reward_and_weight) for p, r,
+            *reward_and_weight in zip(prompts, responses, z, weights)]
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
@@ -94,7 +97,8 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()
             log(step, loss=loss, grad_norm=grad_norm, lr=schedule.get_last_lr()[0], tokens=batch.tokens)
-    common.save_policy(folder, policy, tokenizer, cfg, f"Reward-weighted regression, beta {cfg.beta:g}, w_max {cfg.w_max:g}.")
+    common.save_policy(folder, policy, tokenizer, cfg,
+                       f"Reward-weighted regression, beta {cfg.beta:g}, w_max {cfg.w_max:g}.")
 
 
 def main(cfg: Config) -> None:

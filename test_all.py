@@ -56,8 +56,10 @@ def config(module=common, **flags):
 def tiny_model(bias=False, tied=True, dtype=torch.float64, **more):
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                                         tie_word_embeddings=tied, initializer_range=0.3, eos_token_id=0, **more)).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
+                                         num_attention_heads=2,
+                                         tie_word_embeddings=tied, initializer_range=0.3, eos_token_id=0,
+                                         **more)).to(dtype)
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(V, dtype=dtype))
     return model.eval()
@@ -76,7 +78,8 @@ def tokenizer(run):
 
 
 def samples_of(rewards, prompts=None):
-    rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i, r in enumerate(rewards)]
+    rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i,
+            r in enumerate(rewards)]
     return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", common.Cost())
 
 
@@ -107,7 +110,8 @@ def test_fused_kernels_equal_float64_autograd(name, rows, masked):
     torch.manual_seed(rows)
     logits = torch.randn(rows, V, dtype=torch.float64, requires_grad=True)
     targets, z = torch.randint(0, V, (rows,)), torch.randn(rows, dtype=torch.float64)
-    mask = {"some": torch.arange(rows) % 3 > 0, "none": torch.ones(rows, dtype=torch.bool), "all": torch.zeros(rows, dtype=torch.bool)}[masked]
+    mask = {"some": torch.arange(rows) % 3 > 0, "none": torch.ones(rows, dtype=torch.bool),
+            "all": torch.zeros(rows, dtype=torch.bool)}[masked]
     expected = plain(logits, targets, mask, *[z][:extra])
     expected.sum().backward()
     work = logits.detach().clone()
@@ -151,7 +155,8 @@ def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, bias, chunk)
     targets, mask = torch.randint(0, V, (5,)), torch.tensor([True, True, False, True, True])
 
     def loss(hidden, weight, *bias):
-        return 0.7 * common._HeadLoss.apply(hidden, weight, bias[0] if bias else None, mle_filter.masked_nll_, targets, mask)
+        return 0.7 * common._HeadLoss.apply(hidden, weight, bias[0] if bias else None, mle_filter.masked_nll_, targets,
+                                            mask)
 
     class Afresh(torch.autograd.Function):  # gradcheck calls backward twice, which the fused loss refuses: run it anew
         @staticmethod
@@ -186,7 +191,8 @@ def test_logits_scaled_by_the_model_are_served():
     model.config.logit_scale = 0.5
     policy = common.Policy(model, config())
     loss = policy(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
-    expected = torch.nn.functional.cross_entropy(0.5 * model(batch.input_ids).logits[batch.mask], batch.targets[batch.mask], reduction="sum")
+    expected = torch.nn.functional.cross_entropy(0.5 * model(batch.input_ids).logits[batch.mask],
+                                                 batch.targets[batch.mask], reduction="sum")
     torch.testing.assert_close(loss, expected)
     with pytest.raises(BadInput, match="logits are not hidden states times head"):
         common.prove_head("model", model)  # this model class does not scale its logits, so the claim is refuted
@@ -238,7 +244,8 @@ for _ in range(2):
 def gradient_of(micro_batch_tokens, monkeypatch, ranks=1):
     """The gradient of one optimiser step of RWR, the ranks' shares run one after the other and averaged as DDP does."""
     model, cfg = tiny_model(), config(rwr, micro_batch_tokens=micro_batch_tokens, batch_size=7, steps=1)
-    rows = [e._replace(weight=float(w)) for e, w in zip(examples(), rwr.weigh(torch.tensor([e.reward for e in examples()]), 2.0, 0.25, 20.0))]
+    rows = [e._replace(weight=float(w)) for e,
+            w in zip(examples(), rwr.weigh(torch.tensor([e.reward for e in examples()]), 2.0, 0.25, 20.0))]
     total = [torch.zeros_like(p) for p in model.parameters()]
     for rank in range(ranks):
         monkeypatch.setattr(common, "rank", lambda: rank)
@@ -246,7 +253,8 @@ def gradient_of(micro_batch_tokens, monkeypatch, ranks=1):
         batch, = common.batches(rows, cfg)
         model.zero_grad()
         for micro in batch.micros:
-            (common.Policy(model, cfg)(micro, fused_weighted, micro.targets, micro.mask, micro.reward.double()) / batch.normaliser).backward()
+            (common.Policy(model, cfg)(micro, fused_weighted, micro.targets, micro.mask,
+                                       micro.reward.double()) / batch.normaliser).backward()
         total = [t + p.grad / ranks for t, p in zip(total, model.parameters())]
     return torch.cat([t.flatten() for t in total])
 
@@ -290,7 +298,8 @@ def byte_level(pre_tokenizers):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=ByteLevel.alphabet(), show_progress=False,
-                                  special_tokens=[AddedToken(t, special=True, normalized=False) for t in ("<|endoftext|>", "<|im_start|>")])
+                                  special_tokens=[AddedToken(t, special=True, normalized=False)
+                                                  for t in ("<|endoftext|>", "<|im_start|>")])
     tokenizer.train_from_iterator([*common.PROBE, Path(common.__file__).read_text()], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
@@ -310,9 +319,11 @@ def test_tiktoken_encodes_hard_text_as_the_tokenizer_does(kind):
     encode = common.bulk_encoder(tokenizer)
     assert "_tiktoken_encoder" in encode.__qualname__, "tiktoken should serve this kind"
     rng = np.random.default_rng(0)
-    pieces = ["  ", "\n", "\r\n", "1", "23", "é", "\U0001f469‍\U0001f467", "don't", "<|endoftext|>", "x", "\t", "東", "…", " the", "½", "\u00a0"]
+    pieces = ["  ", "\n", "\r\n", "1", "23", "é", "\U0001f469‍\U0001f467", "don't", "<|endoftext|>", "x", "\t", "東",
+              "…", " the", "½", "\u00a0"]
     texts = ["".join(rng.choice(pieces, 30)) for _ in range(200)]
-    assert encode(texts) == [tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+    assert encode(texts) == [tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                             for t in texts]
     assert all(tokenizer.decode(ids) == t for t, ids in zip(texts, encode(texts)))
 
 
@@ -326,7 +337,8 @@ def test_special_token_text_in_a_chat_message_is_data():
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n"
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     plain = common.encode_chat(tokenizer, [{"role": "user", "content": "hello"}])
-    assert plain == tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False)
+    assert plain == tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True,
+                                                  return_dict=False)
     tricky = common.encode_chat(tokenizer, [{"role": "user", "content": "say <|im_start|>system"}])
     assert plain.count(start) == tricky.count(start) == 2
     assert tokenizer.decode(tricky) == "<|im_start|>user\nsay <|im_start|>system\n<|im_start|>assistant\n"
@@ -366,7 +378,8 @@ def test_greedy_sampler_equals_generate_on_uneven_prompts():
     model = tiny_model(dtype=torch.float32)
     cfg = config(temperature=0.0, max_response_tokens=12)
     for prompt, ours in zip(PROMPTS, common.sample(model, PROMPTS, cfg, seed=0)):
-        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)[0, len(prompt):].tolist()
+        theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12,
+                                pad_token_id=0)[0, len(prompt):].tolist()
         assert ours.ids == theirs[:len(ours.ids)] and (ours.truncated or ours.ids[-1] == 0)
 
 
@@ -417,7 +430,8 @@ def scored_by_transformers(folder, texts, padding_side):
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        return model(**tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt", padding=True)).logits[:, 0].tolist()
+        return model(**tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt",
+                                 padding=True)).logits[:, 0].tolist()
 
 
 def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_padding(run):
@@ -434,7 +448,8 @@ def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_pa
 def test_reward_model_reads_the_eos_and_never_pads_with_it(run):
     model, tokenizer = reward_model.load_scorer(str(run[0] / "rm"), torch.float32)
     assert tokenizer.pad_token_id == model.model.config.pad_token_id != tokenizer.eos_token_id
-    ended, broken = reward_model.score(config(), str(run[0] / "rm"), ["Human: Hi\n\nAssistant:"] * 2, [" They are"] * 2, [False, True])
+    ended, broken = reward_model.score(config(), str(run[0] / "rm"), ["Human: Hi\n\nAssistant:"] * 2,
+                                       [" They are"] * 2, [False, True])
     assert ended != broken
 
 
@@ -464,14 +479,16 @@ def test_rwr_with_small_beta_picks_the_best_and_never_overflows(tokenizer):
 
 def test_rwr_weights_are_capped_exponentials_up_to_a_factor(tokenizer):
     z = samples_of([0, 1, 2, 7]).z([0, 1, 2, 7])
-    weights = np.array([e.weight for e in rwr.prepare(samples_of([0, 1, 2, 7]), tokenizer, config(rwr, beta=0.25, w_max=20.0))])
+    weights = np.array([e.weight for e in rwr.prepare(samples_of([0, 1, 2, 7]), tokenizer,
+                                                      config(rwr, beta=0.25, w_max=20.0))])
     np.testing.assert_allclose(weights / weights[0], np.minimum(np.exp(z / 0.25), 20) / np.exp(z[0] / 0.25), rtol=1e-6)
 
 
 def test_dt_writes_the_same_condition_in_training_and_in_sampling(tokenizer):
     samples, cfg = samples_of([0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=0.0)
     trained = dt.prepare(samples, tokenizer, cfg)
-    asked = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], 64, [dt.condition(z, cfg) for z in samples.z(samples.rewards)])
+    asked = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], 64,
+                                  [dt.condition(z, cfg) for z in samples.z(samples.rewards)])
     assert [e.ids[:e.prompt_length] for e in trained] == asked
     assert tokenizer.decode(asked[0]) == "Human: 0 <rm_score>: 1 ", "z = -1.34 is -3 half steps, and 4 is the mean"
 
@@ -484,7 +501,8 @@ def test_dt_takes_its_loss_over_the_response_alone(tokenizer):
 
 def test_dt_rounds_the_reward():
     paper = config(dt, reward_format="decimal", reward_step=0.01)
-    assert [dt.condition(z, paper) for z in (1.519, -0.001, 5.0)] == [" <rm_score>: 1.52 ", " <rm_score>: 0.00 ", " <rm_score>: 5.00 "]
+    assert [dt.condition(z, paper) for z in (1.519, -0.001, 5.0)] == [" <rm_score>: 1.52 ", " <rm_score>: 0.00 ",
+                                                                      " <rm_score>: 5.00 "]
     assert [dt.condition(z, config(dt))[-2] for z in (-9, -0.2, 0.3, 9)] == ["0", "4", "5", "9"]
     z = np.linspace(-2, 2, 101)
     assert dt.wish("q95", z) == pytest.approx(1.8) and dt.wish("-1.5", z) == -1.5
@@ -528,14 +546,16 @@ def test_three_shapes_of_preference_data_give_the_same_pairs(tmp_path, name):
 
 def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", {"chosen": TRANSCRIPT.format(1, "a"), "rejected": TRANSCRIPT.format(2, "b")},
-                 {"prompt": "x", "chosen": "a", "rejected": " "}, *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)))
+                 {"prompt": "x", "chosen": "a", "rejected": " "},
+                 *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)))
     train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
     said = capsys.readouterr().out
     assert len(train) + len(held_out) == 20 and "1 pairs differ" in said and "1 pairs have an empty response" in said
 
 
 def test_train_and_held_out_share_no_prompt(tmp_path):
-    path = write(tmp_path / "p.jsonl", *({"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"} for i in range(90)))
+    path = write(tmp_path / "p.jsonl", *({"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"}
+                                         for i in range(90)))
     train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
     assert not {p.prompt for p in train} & {p.prompt for p in held_out} and len(train) + len(held_out) == 90
 
@@ -557,31 +577,41 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 GOOD = {"prompt": "p", "response": "r", "reward": 1.0}
-BAD_SAMPLES = {"not JSON": ('{"prompt": ', "line 2.*not JSON"), "a list": ([1], "line 2.*JSON object"), "no reward": ({"prompt": "p", "response": "r"}, "line 2.*'reward' is missing"),
+BAD_SAMPLES = {"surrogate": ('{"prompt": "\\ud800", "response": "r", "reward": 1}', "line 2.*not UTF-8"),
+               "huge": ('{"prompt": "p", "response": "r", "reward": 1' + "0" * 400 + "}", "line 2.*finite"),
+               "not JSON": ('{"prompt": ', "line 2.*not JSON"), "a list": ([1], "line 2.*JSON object"),
+               "no reward": ({"prompt": "p", "response": "r"}, "line 2.*'reward' is missing"),
                "NaN": ('{"prompt": "p", "response": "r", "reward": NaN}', "line 2.*'reward' must be finite"),
                "infinite": ('{"prompt": "p", "response": "r", "reward": -Infinity}', "line 2.*finite"),
-               "text reward": ({**GOOD, "reward": "1"}, "line 2.*'reward' must be a number"), "true": ({**GOOD, "reward": True}, "line 2.*a number"),
-               "response": ({**GOOD, "response": 3}, "line 2.*'response' must be text"), "empty prompt": ({**GOOD, "prompt": " "}, "line 2.*'prompt' is empty"),
-               "UTF-8": (b'{"prompt": "\xff"}', "line 2.*not UTF-8"), "deep": ("[" * 100000, "line 2.*not JSON"), "messages": ({**GOOD, "prompt": [1]}, "line 2.*'prompt'")}
+               "text reward": ({**GOOD, "reward": "1"}, "line 2.*'reward' must be a number"),
+               "true": ({**GOOD, "reward": True}, "line 2.*a number"),
+               "response": ({**GOOD, "response": 3}, "line 2.*'response' must be text"),
+               "empty prompt": ({**GOOD, "prompt": " "}, "line 2.*'prompt' is empty"),
+               "UTF-8": (b'{"prompt": "\xff"}', "line 2.*not UTF-8"), "deep": ("[" * 100000, "line 2.*not JSON"),
+               "messages": ({**GOOD, "prompt": [1]}, "line 2.*'prompt'")}
 
 
 @pytest.mark.parametrize("name", BAD_SAMPLES)
 def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
     bad, message = BAD_SAMPLES[name]
     with pytest.raises(BadInput, match=message):
-        common.read_samples(write(tmp_path / "s.jsonl", GOOD, bad if isinstance(bad, (str, bytes)) else json.dumps(bad)))
+        common.read_samples(write(tmp_path / "s.jsonl", GOOD, bad if isinstance(bad, (str, bytes))
+                                  else json.dumps(bad)))
 
 
-@pytest.mark.parametrize("row, message", [({"chosen": "a"}, "line 1.*'chosen' has no"), ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
+@pytest.mark.parametrize("row, message", [({"chosen": "a"}, "line 1.*'chosen' has no"),
+                                          ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
                                           ({"prompt": "p", "chosen": 1, "rejected": "b"}, "'chosen' must be text"),
-                                          ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, "prompt of 'chosen' is empty")])
+                                          ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+                                           "prompt of 'chosen' is empty")])
 def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
     with pytest.raises(BadInput, match=message):
         common.load_pairs(config(model="m", preferences=write(tmp_path / "p.jsonl", row)))
 
 
 def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
-    path = write(tmp_path / "p.jsonl.gz", *[{"prompt": str(i), "chosen": os.urandom(40).hex(), "rejected": "b"} for i in range(99)])
+    path = write(tmp_path / "p.jsonl.gz", *[{"prompt": str(i), "chosen": os.urandom(40).hex(), "rejected": "b"}
+                                            for i in range(99)])
     Path(path).write_bytes(Path(path).read_bytes()[:-200])
     with pytest.raises(BadInput, match="gzip file is broken"):
         common.load_pairs(config(model="m", preferences=path))
@@ -589,10 +619,14 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
         common.load_pairs(config(model="m", preferences=write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"})))
 
 
-FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"), ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
-         ("dt", ["--target", "high"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"), ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
-         ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"), ("rwr", ["--lr", "nan"], "--lr"),
-         ("reward_model", ["--model", "/no/model", "--preferences", "/no/file.jsonl"], "/no/file.jsonl"), ("reward_model", ["--margin", "inf"], "--margin")]
+FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"),
+         ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
+         ("dt", ["--target", "high"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"),
+         ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
+         ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"),
+         ("rwr", ["--lr", "nan"], "--lr"),
+         ("reward_model", ["--model", "/no/model", "--preferences", "/no/file.jsonl"], "/no/file.jsonl"),
+         ("reward_model", ["--margin", "inf"], "--margin")]
 
 
 @pytest.mark.parametrize("name, flags, word", FLAGS)
@@ -650,13 +684,17 @@ def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path
 def test_the_whole_road_leaves_a_run_as_documented(run):
     out, said = run
     for name in ("base", "rm", "dt"):
-        assert {"config.json", "model.safetensors", "tokenizer.json", "run.json", "README.md"} <= {p.name for p in (out / name).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "run.json",
+                "README.md"} <= {p.name for p in (out / name).iterdir()}
     lines = [json.loads(line) for line in (out / "dt" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(8)) and {"loss", "lr", "grad_norm", "tokens", "seconds"} <= set(lines[0])
+    assert [line["step"] for line in lines] == list(range(8)) and {"loss", "lr", "grad_norm", "tokens",
+                                                                   "seconds"} <= set(lines[0])
     rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
     assert [r["variant"] for r in rows] == ["", "target -1", "target q50", "target q99", "target q99, guidance 0.5"]
-    assert all({"gold", "reward", "win_rate", "kl_to_base", "response_tokens", "distinct_2", "eos_rate", "train_seconds", "total_seconds",
-                "train_flops", "total_flops", "peak_memory_bytes", "checkpoint", "world_size", "seed"} <= set(r) for r in rows)
+    assert all({"gold", "reward", "win_rate", "kl_to_base", "response_tokens", "distinct_2", "eos_rate",
+                "train_seconds", "total_seconds",
+                "train_flops", "total_flops", "peak_memory_bytes", "checkpoint", "world_size", "seed"} <= set(r)
+                for r in rows)
     assert rows[0]["win_rate"] == 0.5 and abs(rows[0]["kl_to_base"]) < 1e-3
     assert "dt target q99, guidance 0.5" in said and json.loads((out / "dt" / "run.json").read_text())["condition"]["step"] == 0.5
 
@@ -680,8 +718,10 @@ def test_policies_load_and_generate_by_transformers_alone(run):
 
 
 def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run, tmp_path):
-    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes", "reward": i} for i in range(40)))
-    said = script("rwr.py", "--model", run[0] / "base", "--samples", samples, "--out", tmp_path / "run", "--batch_size", "8",
+    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes", "reward": i}
+                                            for i in range(40)))
+    said = script("rwr.py", "--model", run[0] / "base", "--samples", samples, "--out", tmp_path / "run",
+                  "--batch_size", "8",
                   "--eval_prompts", "4", "--max_response_tokens", "8").stdout
     assert "no reward model" in said and "rwr beta 0.25" in said
 
@@ -689,10 +729,13 @@ def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run,
 def test_two_ranks_train_to_the_same_loss_as_one(run, tmp_path):
     """Same order of the data, same steps, same normalisation: only float error lies between one rank and two."""
     losses = []
-    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]):
+    for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                        "--nproc_per_node=2"]):
         out = tmp_path / str(len(launcher))
-        done = subprocess.run([*launcher, HERE / "rwr.py", "--model", run[0] / "base", "--samples", run[0] / "samples.jsonl", "--out", out, "--no_compile",
-                               "--steps", "4", "--batch_size", "8", "--eval_prompts", "4", "--dtype", "fp32", "--max_response_tokens", "8", "--lr", "1e-3"],
+        done = subprocess.run([*launcher, HERE / "rwr.py", "--model", run[0] / "base", "--samples",
+                               run[0] / "samples.jsonl", "--out", out, "--no_compile",
+                               "--steps", "4", "--batch_size", "8", "--eval_prompts", "4", "--dtype", "fp32",
+                               "--max_response_tokens", "8", "--lr", "1e-3"],
                               capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
         losses.append([json.loads(line)["loss"] for line in (out / "rwr" / "metrics.jsonl").read_text().splitlines()])
@@ -702,7 +745,8 @@ def test_two_ranks_train_to_the_same_loss_as_one(run, tmp_path):
 def test_toy_rewards_follow_the_stated_rules():
     prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
     assert common.gold_reward(prompt, " Good question! They eat meat. They live in rivers. They are small. I hope this helps!") == 5
-    for reply, gold in ((" They eat meat.", 2), (" Maybe they eat plants.", -1), (" As for lions, they eat meat.", -0.5), (" Who cares.", -0.5),
+    for reply, gold in ((" They eat meat.", 2), (" Maybe they eat plants.", -1),
+                        (" As for lions, they eat meat.", -0.5), (" Who cares.", -0.5),
                         (" They eat me", -0.25), (" They eat meat. They eat meat.", 2)):
         assert common.gold_reward(prompt, reply) == gold, reply
     assert common.gold_reward(prompt, " They eat meat.", truncated=True) == 1
