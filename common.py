@@ -1587,7 +1587,7 @@ def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
-    cfg = other_config(Config, cfg, {"lr": 5e-3, "steps": 400, "batch_size": 32})
+    cfg = other_config(Config, cfg, {"lr": 5e-3, "steps": 600, "batch_size": 32})
     prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)
     responses = encode_responses(tokenizer, [r for p in pairs for r in (p.chosen, p.rejected)], cfg.max_response_tokens)
     examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]

@@ -74,8 +74,7 @@ def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
            f"{(weights == 1).mean():.1%} at the largest weight")
     prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens)
     responses = common.encode_samples(tokenizer, samples.rows, cfg)
-    return [Example(p + r, len(p), *reward_and_weight) for p, r,
-            *reward_and_weight in zip(prompts, responses, z, weights)]
+    return [Example(p + r, len(p), reward, w) for p, r, reward, w in zip(prompts, responses, z, weights)]
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
