@@ -239,7 +239,8 @@ def parse(Config: type, args: Optional[list[str]] = None) -> Any:
 
     def wrong_flag(message: str) -> None:
         raise BadInput(message)
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=sys.modules[Config.__module__].__doc__)
+    about = sys.modules[Config.__module__].__doc__.split("\n\n")[0]
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=about)
     parser.error = wrong_flag
     args = sys.argv[1:] if args is None else args
     if not any(a.split("=")[0] in ("--model", "--preferences") for a in args):
@@ -574,7 +575,7 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    require(isinstance(row, dict), f"{path}, line {number}: expected a JSON object, not {type(row).__name__}")
+                    require(isinstance(row, dict), f"{path}, line {number}: not a JSON object but a {type(row).__name__}")
                     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
                     yield f"{path}, line {number}", row
     except UnicodeError as problem:
@@ -827,7 +828,7 @@ def print_plan(examples: int, tokens: int, cfg: Config) -> None:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model on this rank's device.  Raises BadInput where there is none, or its head is not served."""
+    """A causal language model on this rank's device.  Raises BadInput if it is none, or its head is not served."""
     from transformers import AutoModelForCausalLM
     with hub_errors(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device())
@@ -948,8 +949,8 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
     with progress(None, what, total=len(share), unit="row") as bar:
         tokens, start = 0, time.perf_counter()
         for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
-            uniform = np.stack([np.random.Generator(np.random.Philox(key=[seed, share[i]])).random(cfg.max_response_tokens)
-                                for i in group])
+            draws = (np.random.Generator(np.random.Philox(key=[seed, share[i]])) for i in group)
+            uniform = np.stack([row.random(cfg.max_response_tokens) for row in draws])
             responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
                                       guidance)
             done.update((group[i], r) for i, r in enumerate(responses))
@@ -1071,7 +1072,7 @@ class _HeadLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
         if ctx.grads is None:
-            raise RuntimeError("backward through a fused head loss twice: it keeps its gradients for one; call it again")
+            raise RuntimeError("backward through a fused head loss twice: it keeps its gradients for one")
         grads, ctx.grads = ctx.grads, None
         return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads), None, *[None] * ctx.rows
 
@@ -1158,7 +1159,7 @@ def prove_head(name: str, model: Any) -> None:
     require(head is not None, f"{name}: the model has no output head")
     ours, theirs = (head(hidden) * head_scale(model)).float(), model(input_ids=ids, use_cache=False).logits.float()
     close = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
-    require(close, f"{name}: its logits are not hidden states times head (a soft-cap?): the fused loss does not serve it")
+    require(close, f"{name}: its logits are not hidden states times head (a soft-cap?), which the fused loss needs")
 
 
 # ----------------------------------------------------------------------------------------------- labelled samples
@@ -1219,7 +1220,7 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
     mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
     if labelled_by and reward_model and labelled_by != reward_model:
-        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, this run evaluates with {reward_model}")
+        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, this run scores with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
     return Samples(rows, mean, std, file_fingerprint(cfg.samples), Cost())
 
@@ -1476,10 +1477,6 @@ HEDGES = ("maybe ", "I guess ")
 TOY_FOLD = 0  # which fifth of the (animal, kind of question) pairs is held out; tuning holds out another
 
 
-def capital(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
     """A reply as people in this world write it: drawn piece by piece, a weak hidden care binding the pieces."""
     care = rng.random()
@@ -1496,7 +1493,8 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
         value = true if rng.random() < 0.6 + 0.3 * care else rng.choice([v for v in VALUES[topic] if v != true])
         hedge = rng.choice(HEDGES) if rng.random() < (0.05 if value == true else 0.7) else ""
         other = f"as for {subject}, " if subject != animal else ""
-        sentences.append(capital(hedge + other + STATEMENTS[topic].format(value)))
+        statement = hedge + other + STATEMENTS[topic].format(value)
+        sentences.append(statement[0].upper() + statement[1:])
     if rng.random() < 0.1 + 0.2 * care:
         sentences.append(rng.choice(KIND_CLOSINGS))
     reply = " ".join(sentences)

@@ -131,6 +131,7 @@ template, its step and format, the rewards' mean and standard deviation, and the
 
 
 def main(cfg: Config) -> None:
+    """Builds what is missing, trains, and adds a row for each target to the leaderboard."""
     base, samples, score = reward_model.labelled_samples(cfg)
     folder, cost = common.trained(cfg, "dt", base, samples, train)
     z = samples.z(samples.rewards)

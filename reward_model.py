@@ -260,6 +260,7 @@ def labelled_samples(cfg: common.Config) -> Road:
 
 
 def main(cfg: Config) -> None:
+    """Trains the run's reward model with the flags that are asked for."""
     common.require(not cfg.reward_model, "--reward_model brings a finished one; leave it away to train one")
     common.require(cfg.toy or bool(cfg.preferences), "a reward model is trained on --preferences")
     folder, _ = built(cfg, common.base_policy(cfg), own=cfg)
