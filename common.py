@@ -67,6 +67,11 @@ def print0(*args, **kwargs) -> None:
         print(*args, **kwargs, flush=True)
 
 
+def name_rank() -> str:
+    """Which rank speaks, where that is not the first."""
+    return f"rank {rank()}: " if rank() else ""
+
+
 def barrier() -> None:
     """Waits for all ranks."""
     if dist.is_initialized():
@@ -114,7 +119,7 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
             torch.compiler.set_stance("force_eager")
         main(cfg)
     except BadInput as problem:
-        print(f"{script}: {printable(problem)}", file=sys.stderr)
+        print(f"{script}: {name_rank()}{printable(problem)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print0(f"\n{script}: interrupted; finished stages are kept, the same command goes on from them",
@@ -126,7 +131,7 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
             raise
         where = getattr(problem, "filename", None) or cfg.out
         why = "No space left on device" if full else problem.strerror
-        print(f"{script}: {where}: {why}; what was there before is untouched", file=sys.stderr)
+        print(f"{script}: {name_rank()}{where}: {why}; what was there before is untouched", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -159,7 +164,7 @@ def knob(default: Any, help: str, toy: Any = None, of: str = "runtime") -> Any:
     """A flag: its default, its default in the toy world where that differs, and which stages hang on it.
 
     `of` is "data" (everything hangs on it), "samples", "training" (of the script's own model), "evaluation", or
-    "runtime" (no result hangs on it).
+    "runtime" (no stage hangs on it; the dtype changes rounding).
     """
     text = Help((help + ("" if toy is None else f" [toy world: {toy}]")).replace("%", "%%"))
     text.toy, text.of = toy, of
@@ -412,8 +417,9 @@ def measured() -> Iterator[Cost]:
         torch.cuda.reset_peak_memory_stats()
     yield cost
     cost.seconds, (cost.flops,) = time.perf_counter() - start, sum_over_ranks(_flops - flops)
-    cost.peak_memory_bytes = (torch.cuda.max_memory_allocated() if device().type == "cuda"
-                              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    mine = (torch.cuda.max_memory_allocated() if device().type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # on a CPU the process's peak so far
+    cost.peak_memory_bytes = int(max(gather_rows([mine], world_size())))
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -456,7 +462,8 @@ def bulk_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
                          verbose=False)["input_ids"] if texts else []
     try:
         fast = _tiktoken_encoder(tokenizer)
-        return fast if fast(list(PROBE)) == own(list(PROBE)) else own
+        probe = [*PROBE, " ".join(token.content for token in tokenizer.added_tokens_decoder.values())]
+        return fast if fast(probe) == own(probe) else own
     except (AttributeError, KeyError, ValueError, IndexError):
         return own  # no byte-level BPE
 
@@ -654,11 +661,17 @@ def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
 
     Files named test, valid… or eval… are the held-out split; without one, prompts are held out by hash and seed.
     """
-    source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
+    return read_pairs(str(toy_data(cfg)) if cfg.toy else cfg.preferences, cfg.held_out, cfg.seed, cfg.max_pairs)
+
+
+@functools.lru_cache(maxsize=2)
+def read_pairs(source: str, share: float, seed: int, max_pairs: Optional[int]) -> tuple[list[Pair], list[Pair]]:
+    """load_pairs, for one source; read once however many stages ask for it."""
     train, test, prompts_differ, empty = [], [], 0, 0
     files = data_files(source)
-    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, source) if os.path.isdir(source)
-                                 else "")) for f in files}
+    root = os.path.commonpath([os.path.dirname(f) for f in files])
+    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, root or "."))) for f in files}
+    has_split = any(is_test.values()) and not all(is_test.values())
     for file in files:
         for place, row in read_rows(file):
             (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
@@ -667,7 +680,7 @@ def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
             elif not chosen.strip() or not rejected.strip():
                 empty += 1
             else:
-                hidden = is_test[file] if any(is_test.values()) else is_held_out(prompt, cfg)
+                hidden = is_test[file] if has_split else is_held_out(prompt, share, seed)
                 (test if hidden else train).append(Pair(prompt, chosen, rejected))
     seen = {prompt_key(p.prompt) for p in test}
     leaked = len(train) - len(train := [p for p in train if prompt_key(p.prompt) not in seen])
@@ -677,10 +690,10 @@ def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
             print0(f"  {source}: {count} pairs {why}; left out")
     require(bool(train), f"{source}: no usable preference pair")
     require(bool(test), f"{source}: no pair is held out for evaluation; give more data or a larger --held_out")
-    order = random.Random(cfg.seed)
+    order = random.Random(seed)
     order.shuffle(train), order.shuffle(test)
     print0(f"  {source}: {len(train)} pairs to train on, {len(test)} held out, split by prompt")
-    return train[:cfg.max_pairs], test
+    return train[:max_pairs], test
 
 
 def prompt_key(prompt: Any) -> str:
@@ -688,9 +701,9 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
-def is_held_out(prompt: Any, cfg: Config) -> bool:
+def is_held_out(prompt: Any, share: float, seed: int) -> bool:
     """Whether this prompt is held out; a matter of prompt and seed alone, so that all scripts agree."""
-    return zlib.crc32(f"{cfg.seed} {prompt_key(prompt)}".encode()) / 2**32 < cfg.held_out
+    return zlib.crc32(f"{seed} {prompt_key(prompt)}".encode()) / 2**32 < share
 
 
 def read_prompts(source: str) -> list:
@@ -708,7 +721,8 @@ def split_prompts(cfg: Config) -> tuple[list, list]:
     """Distinct prompts to generate for, and held-out ones: of --prompts, of --preferences, or of the --samples file."""
     if cfg.prompts or not (cfg.preferences or cfg.toy):
         prompts = read_prompts(cfg.prompts or cfg.samples)
-        train, test = ([p for p in prompts if is_held_out(p, cfg) == hidden] for hidden in (False, True))
+        train, test = ([p for p in prompts if is_held_out(p, cfg.held_out, cfg.seed) == hidden]
+                       for hidden in (False, True))
     else:
         train, test = (list({prompt_key(p.prompt): p.prompt for p in pairs}.values()) for pairs in load_pairs(cfg))
     require(bool(train) and bool(test),
@@ -804,9 +818,10 @@ def batches(examples: list[Example], cfg: Config) -> Iterator[Batch]:
     for indices in step_indices(len(examples), cfg):
         step = [examples[i] for i in indices]
         hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
+        weight = sum(e.weight * e.response_tokens for e in step)
         yield Batch(micros=[collate([step[i] for i in hand] or idle) for hand in hands],
                     tokens=sum(e.response_tokens for e in step),
-                    normaliser=(sum(e.weight * e.response_tokens for e in step) or 1.0) / world_size())
+                    normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may all but vanish: no 0 / 0
 
 
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
@@ -820,7 +835,7 @@ def print_plan(examples: int, tokens: int, cfg: Config) -> None:
     """The resolved arithmetic, before training."""
     steps = count_steps(examples, cfg)
     print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} over {world_size()} "
-           f"rank(s), {steps * cfg.batch_size / examples:.2f} epochs; at most {cfg.micro_batch_tokens:,} tokens a forward; "
+           f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; at most {cfg.micro_batch_tokens:,} tokens a forward; "
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
 
 
@@ -856,8 +871,24 @@ class Policy(torch.nn.Module):
 
 def load_policy(name: str, cfg: Config) -> Any:
     """The policy to train, with float32 weights, wrapped by DDP under torchrun."""
-    policy = Policy(load_model(name).train(), cfg)
-    return distributed(policy)
+    model = load_model(name)
+    check_lengths(name, model, cfg)
+    return distributed(Policy(model.train(), cfg))
+
+
+def load_sampler(name: str, cfg: Config) -> tuple[Any, Any]:
+    """A policy to sample from, in the compute dtype, and its tokenizer, whose EOS is the one that ends a response."""
+    model, tokenizer = load_model(name, compute_dtype(cfg)), load_tokenizer(name)
+    check_lengths(name, model, cfg)
+    model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def check_lengths(name: str, model: Any, cfg: Config) -> None:
+    """Raises BadInput if prompt and response together are longer than the model can read."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    require(not most or cfg.max_prompt_tokens + cfg.max_response_tokens <= most,
+            f"{name} reads at most {most} tokens: lower --max_prompt_tokens and --max_response_tokens to that in sum")
 
 
 def distributed(model: torch.nn.Module) -> torch.nn.Module:
@@ -880,6 +911,9 @@ def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any
 def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str) -> None:
     """Writes model, tokenizer and model card as a Hugging Face folder, in the compute dtype."""
     if rank() == 0:
+        model.config.eos_token_id = tokenizer.eos_token_id
+        if getattr(model, "generation_config", None):
+            model.generation_config.eos_token_id = tokenizer.eos_token_id  # what it learnt to end a response with
         model.eval().to(compute_dtype(cfg)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -901,7 +935,7 @@ Sampling by transformers alone:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer({prompt}, return_tensors="pt")
+inputs = tokenizer({prompt}, return_tensors="pt")  # chat: apply_chat_template(..., tokenize=False) makes the prompt
 print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=128)[0]))
 ```
 """
@@ -964,8 +998,6 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
                   guidance: float) -> list[Response]:
     """Decodes one group together; a row that met EOS leaves the batch and the cache."""
     from transformers import DynamicCache
-    eos = model.config.eos_token_id if isinstance(model.config.eos_token_id, list) else [model.config.eos_token_id]
-    eos = torch.tensor(eos, device=device())
     prompts = [p for half in zip(*paths) for p in half]                     # conditional rows, then unconditional ones
     halves, width = len(paths[0]), max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts],
@@ -985,7 +1017,7 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
             logits = (1 + guidance) * conditional - guidance * unconditional                            # (B / 2, V)
         log_p = (logits / (cfg.temperature or 1.0)).log_softmax(-1)
         token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[alive, step], cfg.top_p)  # (B,)
-        is_end = torch.isin(token, eos)
+        is_end = token == model.config.eos_token_id
         for row, t, lp, end in zip(alive.tolist(), token.tolist(),
                                    log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
             tokens[row].append(t), log_probs[row].append(lp)
@@ -1118,7 +1150,7 @@ def run_kernel(kernel: Callable, *args: Any) -> Any:
     try:
         return kernel(*args)
     except Exception as problem:
-        if "C++ compiler" not in repr(problem) and "InvalidCxxCompiler" not in repr(problem):
+        if not re.search(r"C(\+\+)? compiler|InvalidCxxCompiler", repr(problem)):
             raise
         print0("warning: torch.compile found no C++ compiler: the loss kernels run uncompiled, and slower")
         torch.compiler.set_stance("force_eager")
@@ -1182,10 +1214,11 @@ class Samples:
     mean: float
     std: float
     fingerprint: str
+    scorer: str  # fingerprint of the reward model that this run evaluates with
     cost: Cost
 
     def z(self, reward: Any) -> np.ndarray:
-        """Standardised rewards, float64, of raw scores; by default the samples' own are meant: z(samples.rewards)."""
+        """Raw scores, standardised by the samples' mean and standard deviation, float64."""
         return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
 
     @property
@@ -1207,22 +1240,36 @@ def read_samples(path: str) -> list[Sample]:
     return rows
 
 
+def without_prompts(rows: list, held_out: list, prompt: Callable, source: str) -> list:
+    """The rows whose prompt is not held out; says how many are left out."""
+    hidden = {prompt_key(p) for p in held_out}
+    kept = [row for row in rows if prompt_key(prompt(row)) not in hidden]
+    if len(kept) < len(rows):
+        print0(f"  {source}: {len(rows) - len(kept):,} of {len(rows):,} samples have held-out prompts; left out")
+    require(bool(kept), f"{source}: every prompt in it is held out")
+    return kept
+
+
 def reward_statistics(rewards: np.ndarray, source: str) -> tuple[float, float]:
     """Mean and standard deviation, float64.  Raises BadInput if all rewards are the same."""
     mean, std = float(rewards.mean()), float(rewards.std())
-    require(std > 0, f"{source}: all {len(rewards)} rewards are {mean}: there is nothing to learn from")
+    require(std > 1e-9 * abs(mean), f"{source}: all {len(rewards)} rewards are {mean}: there is nothing to learn from")
     return mean, std
 
 
 def given_samples(cfg: Config, reward_model: str) -> Samples:
     """The samples of --samples, which others labelled; warns where that was another reward model than this run's."""
-    rows = read_samples(cfg.samples)
+    _, held_out = split_prompts(cfg)
+    rows = without_prompts(read_samples(cfg.samples), held_out, lambda s: s.prompt, cfg.samples)
     mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
+    if not labelled_by and reward_model:
+        print0(f"warning: {cfg.samples} does not say which reward model labelled it; the table's reward z is this run's "
+               "reward model in that file's units, comparable only if it is the same")
     if labelled_by and reward_model and labelled_by != reward_model:
         print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, this run scores with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
-    return Samples(rows, mean, std, file_fingerprint(cfg.samples), Cost())
+    return Samples(rows, mean, std, file_fingerprint(cfg.samples), reward_model, Cost())
 
 
 def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstream: Cost) -> Samples:
@@ -1230,8 +1277,10 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstr
     path = Path(cfg.out) / "samples.jsonl"
     record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base),
                                                          scorer=scorer)
-    whole = path.exists() and read_record(record).get("bytes") == path.stat().st_size
-    if not is_fresh("samples", record, wanted) or not whole:
+    if rank() == 0 and read_record(record).get("bytes") != (path.stat().st_size if path.exists() else 0):
+        record.unlink(missing_ok=True)  # a kill came between the two files, or somebody edited the first
+    barrier()
+    if not is_fresh("samples", record, wanted):
         with measured() as generating:
             rows = collect_responses(cfg, base)
         with measured() as labelling:
@@ -1246,15 +1295,16 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstr
     count = {s: sum(r.source == s for r in rows) for s in sorted({r.source for r in rows})}
     kinds = ", ".join(f"{n:,} {s}" for s, n in count.items())
     print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
-    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), Cost(**built["cost"]) + upstream)
+    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), scorer,
+                   Cost(**built["cost"]) + upstream)
 
 
 def collect_responses(cfg: Config, base: str) -> list[dict]:
     """Rows to label: the responses that people wrote, and the base policy's own, as --sources asks."""
     rows = []
-    prompts, _ = split_prompts(cfg)
+    prompts, held_out = split_prompts(cfg)
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        train, _ = load_pairs(cfg)
+        train = without_prompts(load_pairs(cfg)[0], held_out, lambda p: p.prompt, "the data")
         tokenizer = load_tokenizer(base)
         for source in ("chosen", "rejected"):
             texts = [getattr(p, source) for p in train]
@@ -1273,7 +1323,7 @@ def collect_responses(cfg: Config, base: str) -> list[dict]:
 
 def generate(cfg: Config, base: str, prompts: list, what: str) -> list[dict]:
     """The policy's responses to prompts, as unlabelled rows."""
-    model, tokenizer = load_model(base, compute_dtype(cfg)), load_tokenizer(base)
+    model, tokenizer = load_sampler(base, cfg)
     responses = sample(model, encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens), cfg, seed=cfg.seed, what=what)
     return [{"prompt": p, "response": decode(tokenizer, r), "source": "generated", "truncated": r.truncated}
             for p, r in zip(prompts, responses)]
@@ -1306,17 +1356,17 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
     """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each."""
     _, held_out = split_prompts(cfg)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
-    setting = fingerprint({k: v for k, v in settings(cfg, "data", "evaluation", temperature=cfg.temperature,
-                                                     top_p=cfg.top_p).items()
-                           if k not in ("seed", "max_pairs")})
+    comparable = settings(cfg, "data", "samples", "evaluation")
+    setting = fingerprint({k: v for k, v in comparable.items()
+                           if k not in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples")})
     root = Path(cfg.out) / "evaluation"
     board = Path(cfg.out) / "leaderboard.jsonl"
     rows = [row for _, row in read_rows(str(board))] if board.exists() else []
     wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base),
-              "samples": samples.fingerprint}
+              "samples": samples.fingerprint, "scorer": samples.scorer}
     replies: dict[str, list[dict]] = {}
     for name, where, variant in [("base", base, Variant(""))] + [(algorithm, folder, v) for v in variants]:
-        file = root / (re.sub(r"[^\w.]+", "-", f"{name} {variant.name} seed {cfg.seed}") + ".jsonl")
+        file = root / (re.sub(r"[^\w.+-]+", "_", f"{name} {variant.name} seed {cfg.seed}") + ".jsonl")
         mine = {**wanted, "policy": policy_fingerprint(where)}
         row = next((r for r in rows if row_key(r) == (name, variant.name, cfg.seed)), None)
         if row and file.exists() and all(row.get(k) == v for k, v in mine.items()):
@@ -1345,10 +1395,9 @@ def row_key(row: dict) -> tuple:
 def ask(cfg: Config, folder: str, base: str, prompts: list, variant: Variant, samples: Samples,
         score: Optional[Callable]) -> list[dict]:
     """One response a prompt, with its reward z, gold, and KL to base: the difference of the sample's log-probs."""
-    tokenizer, model = load_tokenizer(folder), load_model(folder, compute_dtype(cfg))
+    model, tokenizer = load_sampler(folder, cfg)
     plain = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
-    asked = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens,
-                           [variant.suffix] * len(prompts)) if variant.suffix else plain
+    asked = [p + bulk_encoder(tokenizer)([variant.suffix])[0] for p in plain]
     responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance,
                        what="evaluating")
     if folder != base:
@@ -1367,12 +1416,11 @@ def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
     def mean(name: str) -> Optional[float]:
         return float(np.mean([r[name] for r in replies])) if replies[0][name] is not None else None
     bigrams = [pair for r in replies for words in [r["response"].split()] for pair in zip(words, words[1:])]
-    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r,
-            b in zip(replies, base)] if replies[0]["reward"] is not None else None
-    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if wins else None,
-            "kl_to_base": mean("kl"),
-            "response_tokens": mean("tokens"), "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-            "eos_rate": 1 - mean("truncated")}
+    scored = replies[0]["reward"] is not None and base[0]["reward"] is not None
+    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)] if scored else []
+    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if scored else None,
+            "kl_to_base": mean("kl"), "response_tokens": mean("tokens"),
+            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
 
 
 def printable(text: Any) -> str:
@@ -1380,17 +1428,18 @@ def printable(text: Any) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
 
 
-def print_conversations(replies: dict[str, list[dict]]) -> None:
-    """The first held-out prompt, and what each policy said to it."""
-    first = next(iter(replies.values()))[0]["prompt"]
-    print0("\n" + printable(first if isinstance(first, str) else first[-1]["content"]).strip()[-600:])
-    for name, rows in replies.items():
-        z = "" if rows[0]["reward"] is None else f" [reward {rows[0]['reward']:+.2f}]"
-        print0(f"  {name:>44}{z}: {printable(rows[0]['response'].strip())[:400]}")
+def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> None:
+    """The first held-out prompts, and what each policy said to them."""
+    for i, row in enumerate(next(iter(replies.values()))[:how_many]):
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print0("\n" + printable(prompt.strip())[-600:])
+        for name, rows in replies.items():
+            z = "" if rows[i]["reward"] is None else f" [reward {rows[i]['reward']:+.2f}]"
+            print0(f"  {name:>44}{z}: {printable(rows[i]['response'].strip())[:400]}")
 
 
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
-    """The table of comparable rows: those of the same data and evaluation."""
+    """The table of comparable rows: those of the same data, prompts and sampling, whatever their seed."""
     columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
                "KL": ("kl_to_base", ".1f"),
                "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"), "EOS": ("eos_rate", ".2f"),

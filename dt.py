@@ -47,7 +47,8 @@ class Config(common.Config):
         common.require(0 <= self.guidance < math.inf, f"--guidance must be 0 or above, not {self.guidance}")
         common.require(not self.guidance or self.condition_dropout > 0,
                        "--guidance needs a --condition_dropout above 0")
-        common.require(0 < self.reward_step < math.inf, f"--reward_step must be above 0, not {self.reward_step}")
+        common.require(0.01 <= self.reward_step < math.inf,
+                       f"--reward_step must be 0.01 or above, not {self.reward_step}")
         common.require(self.reward_format in ("decimal", "digit"),
                        f"--reward_format is decimal or digit, not {self.reward_format!r}")
         for target in self.target:

@@ -114,6 +114,8 @@ def train(cfg: Config, base: str, folder: Path) -> None:
     common.seed_everything(cfg.seed)
     pairs, _ = common.load_pairs(cfg)
     model, tokenizer = new_classifier(base)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     examples = prepare(pairs, tokenizer, cfg)
     reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)))
     steps = common.count_steps(len(examples), cfg)
@@ -126,7 +128,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
             for micro in common.accumulate(reward_model, micros):
                 scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)
                 gradient = scores.detach().clone()
-                losses = bradley_terry_(gradient, cfg.margin, cfg.centering)            # (P,)
+                losses = common.run_kernel(bradley_terry_, gradient, cfg.margin, cfg.centering)     # (P,)
                 scores.backward(gradient * micro.weight[:, None])
                 loss += losses @ micro.weight
                 accuracy += (scores[:, 0] > scores[:, 1]).float() @ micro.weight
@@ -256,7 +258,9 @@ def labelled_samples(cfg: common.Config) -> Road:
     scorer = functools.partial(score, cfg, folder)
     if cfg.samples:
         return Road(base, common.given_samples(cfg, common.policy_fingerprint(folder)), scorer)
-    return Road(base, common.labelled_samples(cfg, base, common.policy_fingerprint(folder), scorer, cost), scorer)
+    samples = common.labelled_samples(cfg, base, common.policy_fingerprint(folder), scorer, cost)
+    load_scorer.cache_clear()  # training needs the memory more
+    return Road(base, samples, scorer)
 
 
 def main(cfg: Config) -> None:

@@ -80,7 +80,7 @@ def tokenizer(run):
 def samples_of(rewards, prompts=None):
     rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i,
             r in enumerate(rewards)]
-    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", common.Cost())
+    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", common.Cost())
 
 
 # ------------------------------------------------------------------------------------------- fused kernels and driver
@@ -569,6 +569,21 @@ def test_rows_in_are_rows_out(run):
     assert record["mean"] == pytest.approx(np.mean([r.reward for r in rows])) and record["rows"] == len(rows)
 
 
+def test_given_samples_are_never_trained_on_with_held_out_prompts(tmp_path):
+    path = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}", "reward": i} for i in range(60)))
+    cfg = config(model="m", samples=path, held_out=0.3)
+    trained = {s.prompt for s in common.given_samples(cfg, "").rows}
+    _, held_out = common.split_prompts(cfg)
+    assert not trained & set(held_out) and len(trained) + len(held_out) == 60
+
+
+def test_a_file_named_test_is_the_held_out_split(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "chosen": "a", "rejected": "b"} for i in range(5)))
+    train, held_out = common.load_pairs(config(model="m", preferences=str(tmp_path)))
+    assert {p.prompt for p in held_out} == {f"test{i}" for i in range(5)} and len(train) == 5
+
+
 def test_control_characters_do_not_reach_the_terminal():
     assert common.printable("a\x1b[2Jb\nc") == "a\\x1b[2Jb\nc"
 
@@ -670,9 +685,10 @@ def test_a_failed_stage_leaves_the_old_folder_and_a_killed_swap_is_put_back(tmp_
     assert not common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 2})
 
 
-def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path, capsys):
+def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "reward": 2})
     (tmp_path / "s.json").write_text('{"settings": {"scorer": "theirs"}}')
+    monkeypatch.setattr(common, "split_prompts", lambda cfg: ([], ["another prompt"]))
     common.given_samples(config(samples=path), "ours")
     said = capsys.readouterr().out
     assert "theirs" in said and "ours" in said
