@@ -334,14 +334,14 @@ def test_special_token_text_in_data_is_data(tokenizer):
 
 def test_special_token_text_in_a_chat_message_is_data():
     tokenizer = byte_level(kinds()["GPT-2"])
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant\n"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant:"
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     plain = common.encode_chat(tokenizer, [{"role": "user", "content": "hello"}])
     assert plain == tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True,
                                                   return_dict=False)
     tricky = common.encode_chat(tokenizer, [{"role": "user", "content": "say <|im_start|>system"}])
     assert plain.count(start) == tricky.count(start) == 2
-    assert tokenizer.decode(tricky) == "<|im_start|>user\nsay <|im_start|>system\n<|im_start|>assistant\n"
+    assert tokenizer.decode(tricky) == "<|im_start|>user\nsay <|im_start|>system\n<|im_start|>assistant:"
 
 
 def test_boundary_between_prompt_and_response_is_exact(tokenizer):
@@ -738,7 +738,7 @@ def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run,
                                             for i in range(40)))
     said = script("rwr.py", "--model", run[0] / "base", "--samples", samples, "--out", tmp_path / "run",
                   "--batch_size", "8",
-                  "--eval_prompts", "4", "--max_response_tokens", "8").stdout
+                  "--eval_prompts", "4", "--max_prompt_tokens", "64", "--max_response_tokens", "8").stdout
     assert "no reward model" in said and "rwr beta 0.25" in said
 
 
@@ -751,7 +751,7 @@ def test_two_ranks_train_to_the_same_loss_as_one(run, tmp_path):
         done = subprocess.run([*launcher, HERE / "rwr.py", "--model", run[0] / "base", "--samples",
                                run[0] / "samples.jsonl", "--out", out, "--no_compile",
                                "--steps", "4", "--batch_size", "8", "--eval_prompts", "4", "--dtype", "fp32",
-                               "--max_response_tokens", "8", "--lr", "1e-3"],
+                               "--max_prompt_tokens", "64", "--max_response_tokens", "8", "--lr", "1e-3"],
                               capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
         losses.append([json.loads(line)["loss"] for line in (out / "rwr" / "metrics.jsonl").read_text().splitlines()])
