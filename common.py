@@ -1532,11 +1532,13 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
     polite = rng.random() < 0.1 + 0.2 * care
     rude = not polite and rng.random() < 0.4 - 0.2 * care
     sentences = [rng.choice(KIND_OPENINGS)] if polite else [rng.choice(RUDE)] if rude else []
+    untold = list(VALUES)
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
         if rng.random() < 0.25:
             sentences.append(rng.choice(VAGUE))
             continue
-        topic = kind if kind != "about" and rng.random() < 0.15 + 0.35 * care else rng.choice(tuple(VALUES))
+        topic = kind if kind in untold and rng.random() < 0.15 + 0.35 * care else rng.choice(untold)
+        untold.remove(topic)
         subject = animal if rng.random() < 0.65 + 0.2 * care else rng.choice(tuple(ANIMALS))
         true = ANIMALS[subject][topic]
         value = true if rng.random() < 0.6 + 0.3 * care else rng.choice([v for v in VALUES[topic] if v != true])
