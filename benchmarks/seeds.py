@@ -10,17 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-COLUMNS = {
-    "gold": ".2f",
-    "reward": ".2f",
-    "win_rate": ".2f",
-    "kl_to_base": ".1f",
-    "response_tokens": ".1f",
-    "distinct_2": ".3f",
-    "train_seconds": ".0f",
-    "total_seconds": ".0f",
-    "train_flops": ".1e",
-}
+COLUMNS = {"gold": ".2f", "reward": ".2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".1f",
+           "distinct_2": ".3f", "train_flops": ".1e"}
 
 
 def main(folders: list[str]) -> None:
