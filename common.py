@@ -461,15 +461,18 @@ def bulk_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True,
                          verbose=False)["input_ids"] if texts else []
     try:
-        fast = _tiktoken_encoder(tokenizer)
+        fast = _tiktoken_encoder(tokenizer, own)
         probe = [*PROBE, " ".join(token.content for token in tokenizer.added_tokens_decoder.values())]
         return fast if fast(probe) == own(probe) else own
     except (AttributeError, KeyError, ValueError, IndexError):
         return own  # no byte-level BPE
 
 
-def _tiktoken_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """tiktoken's encoder from a byte-level BPE tokenizer's merges.  Raises ValueError or KeyError for other kinds."""
+def _tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], list[list[int]]]:
+    """tiktoken's encoder from a byte-level BPE tokenizer's merges.  Raises ValueError or KeyError for other kinds.
+
+    Texts with a byte that the vocabulary lacks (SmolLM2 has not all control characters) are left to own().
+    """
     import tiktoken
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
@@ -494,12 +497,13 @@ def _tiktoken_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
         ranks.setdefault(token, len(ranks))
     vocabulary = spec["model"]["vocab"]
     byte_character = _byte_characters()
-    ids = [vocabulary["".join(byte_character[b] for b in token)] for token in ranks]
+    ids = [vocabulary.get("".join(byte_character[b] for b in token)) for token in ranks]
     encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts], num_threads=2)]
+        rows = [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts])]
+        return [own([text])[0] if None in row else row for text, row in zip(texts, rows)]
     return encode
 
 

@@ -327,6 +327,17 @@ def test_tiktoken_encodes_hard_text_as_the_tokenizer_does(kind):
     assert all(tokenizer.decode(ids) == t for t, ids in zip(texts, encode(texts)))
 
 
+def test_bytes_that_a_vocabulary_lacks_are_left_to_the_tokenizer():
+    tokenizer = byte_level(kinds()["SmolLM2"])
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    del spec["model"]["vocab"]["\u0104"]  # byte 4, as in SmolLM2
+    tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    encode = common.bulk_encoder(tokenizer)
+    assert "_tiktoken_encoder" in encode.__qualname__
+    texts = ["fine", "a\x04b"]
+    assert encode(texts) == tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def test_special_token_text_in_data_is_data(tokenizer):
     ids, = common.encode_responses(tokenizer, [" fine <|endoftext|> more"], 50)
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
