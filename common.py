@@ -487,7 +487,8 @@ def _tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], li
         raise ValueError(f"pre-tokenizer {kinds}")
     if spec["normalizer"] not in (None, {"type": "NFC"}) or any(s.get("add_prefix_space") for s in steps):
         raise ValueError("normalizer")
-    to_byte = {char: byte for byte, char in _byte_characters().items()}
+    byte_character = _byte_characters()
+    to_byte = {char: byte for byte, char in byte_character.items()}
     tokens = [bytes([b]) for b in range(256)]
     for merge in spec["model"]["merges"]:
         left, right = merge if isinstance(merge, list) else merge.split(" ")
@@ -496,7 +497,6 @@ def _tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], li
     for token in tokens:  # tiktoken merges by rank, which must be the order of the merges, whatever the tokens' ids
         ranks.setdefault(token, len(ranks))
     vocabulary = spec["model"]["vocab"]
-    byte_character = _byte_characters()
     ids = [vocabulary.get("".join(byte_character[b] for b in token)) for token in ranks]
     encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
@@ -769,15 +769,21 @@ class Batch:
     normaliser: float   # Σ weight * response tokens, over all ranks, / ranks: DDP averages gradients over ranks
 
 
+def pad_right(rows: list[list[int]]) -> torch.Tensor:
+    """Token ids (B, T) int64, padded on the right to the longest row; causal attention never looks at the padding."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, :len(row)] = torch.as_tensor(row)
+    return ids
+
+
 def collate(examples: list[Example]) -> MicroBatch:
     """Examples as tensors, padded on the right to the longest; an example without response tokens adds no row."""
-    width = max(len(e.ids) for e in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.int64)      # (B, T)
-    mask = torch.zeros(len(examples), width, dtype=torch.bool)      # (B, T)
+    ids = pad_right([e.ids for e in examples])          # (B, T)
+    mask = torch.zeros_like(ids, dtype=torch.bool)      # (B, T)
     for i, e in enumerate(examples):
-        ids[i, :len(e.ids)] = torch.as_tensor(e.ids)
         mask[i, e.prompt_length - 1:len(e.ids) - 1] = True
-    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand(-1, width)  # -> (B, T)
+    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand_as(ids)  # -> (B, T)
     batch = MicroBatch(ids, ids.roll(-1, 1), mask, reward, mask.flatten().nonzero().squeeze(1))
     return MicroBatch(**{k: v.to(device(), non_blocking=True) for k, v in vars(batch).items()})
 

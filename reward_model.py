@@ -91,12 +91,9 @@ def prepare(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[EncodedPair]
     return [EncodedPair(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected)]
 
 
-def pad_right(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def ids_and_last(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids as (B, T), and the place of each row's last token (B,)."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.as_tensor(row)
-    return ids.to(common.device()), torch.tensor([len(row) - 1 for row in rows], device=common.device())
+    return common.pad_right(rows).to(common.device()), torch.tensor([len(row) - 1 for row in rows], device=common.device())
 
 
 def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch]]:
@@ -104,7 +101,7 @@ def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch
     for indices in common.step_indices(len(examples), cfg):
         step = [examples[i] for i in indices]
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
-        yield [PairBatch(*pad_right([side for i in hand or [0] for side in step[i]]),
+        yield [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
                          weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()))
                for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
 
@@ -192,7 +189,7 @@ def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], 
     share = rows[common.rank()::common.world_size()]
     found: dict[int, float] = {}
     for group in common.progress(common.cut_by_tokens([len(r) for r in share], 4 * cfg.micro_batch_tokens), "scoring"):
-        found.update(zip(group, model(*pad_right([share[i] for i in group])).tolist()))
+        found.update(zip(group, model(*ids_and_last([share[i] for i in group])).tolist()))
     return common.gather_rows([found[i] for i in range(len(share))], len(rows))
 
 
