@@ -97,8 +97,8 @@ def gather_rows(mine: list, total: int) -> list:
 
 
 def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str = "it") -> tqdm:
-    """A tqdm bar on rank 0; where stderr is no terminal, a line every 15 seconds at most."""
-    return tqdm(rows, desc=what, total=total, unit=unit, disable=rank() != 0, leave=False, dynamic_ncols=True,
+    """A tqdm bar on rank 0 for what takes a second or more; where stderr is no terminal, a line every 15 s at most."""
+    return tqdm(rows, desc=what, total=total, unit=unit, disable=rank() != 0, leave=False, dynamic_ncols=True, delay=1,
                 mininterval=0.3 if sys.stderr.isatty() else 15)
 
 
@@ -379,46 +379,58 @@ def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
     write_text(path, [json.dumps(record, indent=1)])
 
 
-_flops = 0.0
+_spent = {"flops": 0, "generated_tokens": 0}  # by this rank, since its start
 
 
 @dataclass
 class Cost:
-    """What a stage took: seconds of the wall, FLOPs of all ranks, the largest rank's peak memory."""
+    """What a stage took: seconds of the wall, seconds times ranks, FLOPs and sampled tokens of all ranks, and the
+    largest rank's peak memory."""
     seconds: float = 0.0
+    device_seconds: float = 0.0
     flops: float = 0.0
+    generated_tokens: int = 0
     peak_memory_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.flops + other.flops,
-                    max(self.peak_memory_bytes, other.peak_memory_bytes))
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)}
+        return Cost(**{**sums, "peak_memory_bytes": max(self.peak_memory_bytes, other.peak_memory_bytes)})
 
 
-def count_flops(model: torch.nn.Module, tokens: int, head_rows: int, passes: int = 1) -> None:
-    """Adds a model call to the ledger: 2 FLOPs a weight and token forward, and twice that again backward (passes=3).
+def count_flops(model: torch.nn.Module, rows: int, queries: int, keys: int, head_rows: int, passes: int = 1) -> None:
+    """Adds one call of a transformer to the ledger: `queries` new positions a row, each against `keys` positions.
 
-    The embedding is a look-up and counts nothing; the head counts on the rows where it runs (Kaplan et al. 2020,
-    arXiv 2001.08361, section 2.1).  Attention's own products are left out, below a tenth at the lengths used here.
+    Forward, a weight costs 2 FLOPs a position, and attention's two products 4 a layer, query, key and unit of width;
+    backward costs twice as much again (passes=3).  The input embedding is a look-up and costs nothing; the head costs
+    only on the rows where it runs; masked positions count like others.  (Kaplan et al. 2020, arXiv 2001.08361, section
+    2.1.)  What gradient checkpointing recomputes is not counted.
     """
-    global _flops
-    body = model.base_model
+    body, shape = model.base_model, model.config
     if not hasattr(model, "_body_parameters"):
         model._body_parameters = sum(p.numel() for p in body.parameters()) - body.get_input_embeddings().weight.numel()
+    heads = getattr(shape, "num_attention_heads", 0)  # a model without attention has none
+    width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // max(heads, 1))
     head = model.get_output_embeddings()
-    _flops += 2 * passes * (model._body_parameters * tokens
-                            + (head.weight.numel() * head_rows if head is not None else 0))
+    _spent["flops"] += passes * (2 * model._body_parameters * rows * queries
+                                 + 4 * shape.num_hidden_layers * width * rows * queries * keys
+                                 + (2 * head.weight.numel() * head_rows if head is not None else 0))
 
 
 @contextlib.contextmanager
 def measured() -> Iterator[Cost]:
     """Yields a Cost that holds, when the block ends, what the block took."""
-    cost, flops, start = Cost(), _flops, time.perf_counter()
+    cost, before, start = Cost(), dict(_spent), time.perf_counter()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak; elsewhere it is the peak so far
+            Path("/proc/self/clear_refs").write_text("5")
     yield cost
-    cost.seconds, (cost.flops,) = time.perf_counter() - start, sum_over_ranks(_flops - flops)
+    cost.seconds = time.perf_counter() - start
+    flops, tokens, cost.device_seconds = sum_over_ranks(*(_spent[k] - before[k] for k in _spent), cost.seconds)
+    cost.flops, cost.generated_tokens = flops, int(tokens)
     mine = (torch.cuda.max_memory_allocated() if device().type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)  # on a CPU the process's peak so far
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     cost.peak_memory_bytes = int(max(gather_rows([mine], world_size())))
 
 
@@ -514,18 +526,23 @@ def _byte_characters() -> dict[int, str]:
     return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(others)}}
 
 
+_told_of_cuts: set[int] = set()
+
+
 def encode_prompts(tokenizer: Any, prompts: list, max_tokens: int,
                    suffixes: Optional[list[str]] = None) -> list[list[int]]:
     """Prompts as token ids, BOS first where the tokenizer has one, cut on the left to `max_tokens`, then the suffixes.
 
-    A string is encoded as plain text, chat messages through the chat template up to the reply.  Says how many were cut.
+    A string is encoded as plain text, chat messages through the chat template up to the reply.  The first time that
+    some are cut it says how many.
     """
     encode = bulk_encoder(tokenizer)
     texts = iter(encode([p for p in prompts if isinstance(p, str)]))
     ids = [next(texts) if isinstance(p, str) else encode_chat(tokenizer, p) for p in prompts]
     bos = [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
     cut = sum(len(row) > max_tokens for row in ids)
-    if cut:
+    if cut and max_tokens not in _told_of_cuts:
+        _told_of_cuts.add(max_tokens)  # PPO encodes prompts at each iteration
         print0(f"  {cut} of {len(ids)} prompts are longer than {max_tokens} tokens and were cut on the left")
     starts = [bos if isinstance(p, str) else [] for p in prompts]
     tails = encode(suffixes) if suffixes else [[]] * len(ids)
@@ -586,7 +603,8 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    require(isinstance(row, dict), f"{path}, line {number}: not a JSON object but a {type(row).__name__}")
+                    require(isinstance(row, dict),
+                            f"{path}, line {number}: not a JSON object but a {type(row).__name__}")
                     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
                     yield f"{path}, line {number}", row
     except UnicodeError as problem:
@@ -740,11 +758,15 @@ def split_prompts(cfg: Config) -> tuple[list, list]:
 
 
 class Example(NamedTuple):
-    """Token ids of prompt and response, which starts at `prompt_length`.  `weight` multiplies its tokens' loss."""
+    """Token ids of prompt and response, which starts at `prompt_length`.  `weight` multiplies its tokens' loss.
+
+    `per_token` holds columns of numbers that each have one for each response token.
+    """
     ids: list[int]
     prompt_length: int
     reward: float = 0.0
     weight: float = 1.0
+    per_token: tuple = ()
 
     @property
     def response_tokens(self) -> int:
@@ -759,6 +781,7 @@ class MicroBatch:
     mask: torch.Tensor       # (B, T) bool, the response mask, EOS included
     reward: torch.Tensor     # (B, T) float32, the sequence's reward at each position
     rows: torch.Tensor       # (N,) int64, where the mask is true in the flattened (B * T,)
+    per_token: list          # of (B, T) float32, the examples' columns, 0 outside the mask
 
 
 @dataclass
@@ -781,11 +804,17 @@ def collate(examples: list[Example]) -> MicroBatch:
     """Examples as tensors, padded on the right to the longest; an example without response tokens adds no row."""
     ids = pad_right([e.ids for e in examples])          # (B, T)
     mask = torch.zeros_like(ids, dtype=torch.bool)      # (B, T)
+    columns = torch.zeros(len(examples[0].per_token), *ids.shape)       # (columns, B, T)
     for i, e in enumerate(examples):
-        mask[i, e.prompt_length - 1:len(e.ids) - 1] = True
+        response = slice(e.prompt_length - 1, len(e.ids) - 1)
+        mask[i, response] = True
+        for column, numbers in zip(columns, e.per_token):
+            column[i, response] = torch.as_tensor(numbers, dtype=torch.float32)
     reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand_as(ids)  # -> (B, T)
-    batch = MicroBatch(ids, ids.roll(-1, 1), mask, reward, mask.flatten().nonzero().squeeze(1))
-    return MicroBatch(**{k: v.to(device(), non_blocking=True) for k, v in vars(batch).items()})
+    rows = mask.flatten().nonzero().squeeze(1)
+    tensors = (t.to(device(), non_blocking=True) for t in (ids, ids.roll(-1, 1), mask, reward, rows, columns))
+    *rest, columns = tensors
+    return MicroBatch(*rest, list(columns))
 
 
 def count_steps(examples: int, cfg: Config) -> int:
@@ -824,14 +853,14 @@ def deal(lengths: list[int], budget: int) -> list[list[int]]:
 
 def batches(examples: list[Example], cfg: Config) -> Iterator[Batch]:
     """The optimiser steps of a run.  A rank without work gets an example whose response is masked: it must not stop."""
-    idle = [examples[0]._replace(prompt_length=len(examples[0].ids))]
+    idle = [examples[0]._replace(prompt_length=len(examples[0].ids), per_token=((),) * len(examples[0].per_token))]
     for indices in step_indices(len(examples), cfg):
         step = [examples[i] for i in indices]
         hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
         weight = sum(e.weight * e.response_tokens for e in step)
         yield Batch(micros=[collate([step[i] for i in hand] or idle) for hand in hands],
                     tokens=sum(e.response_tokens for e in step),
-                    normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may all but vanish: no 0 / 0
+                    normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
 
 
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
@@ -845,7 +874,8 @@ def print_plan(examples: int, tokens: int, cfg: Config) -> None:
     """The resolved arithmetic, before training."""
     steps = count_steps(examples, cfg)
     print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} over {world_size()} "
-           f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; at most {cfg.micro_batch_tokens:,} tokens a forward; "
+           f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; "
+           f"at most {cfg.micro_batch_tokens:,} tokens a forward; "
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
 
 
@@ -858,7 +888,21 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     with hub_errors(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device())
     prove_head(name, model)
-    return model.eval()
+    return without_dropout(model).eval()
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its dropout off: a gradient must not depend on how a batch is cut, and PPO's first ratio must be 1."""
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, torch.nn.Dropout) else ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def autocast(dtype: torch.dtype) -> Any:
+    """Matrix products in this dtype, whatever the weights'; nothing to do for float32."""
+    return torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
 
 
 class Policy(torch.nn.Module):
@@ -872,8 +916,9 @@ class Policy(torch.nn.Module):
 
     def forward(self, micro: MicroBatch, kernel: Callable, *rows: torch.Tensor) -> torch.Tensor:
         """The kernel's loss, summed over the rows of the response mask: a float32 scalar.  `rows` are (B, T)."""
-        count_flops(self.model, micro.input_ids.numel(), len(micro.rows), passes=3)
-        with torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32):
+        b, t = micro.input_ids.shape
+        count_flops(self.model, b, t, t, len(micro.rows), passes=3)
+        with autocast(self.dtype):
             hidden = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
             hidden = hidden.flatten(0, 1)[micro.rows]                                                 # (N, D)
             return head_loss(kernel, hidden, self.model, *(r.flatten()[micro.rows] for r in rows))
@@ -886,9 +931,9 @@ def load_policy(name: str, cfg: Config) -> Any:
     return distributed(Policy(model.train(), cfg))
 
 
-def load_sampler(name: str, cfg: Config) -> tuple[Any, Any]:
-    """A policy to sample from, in the compute dtype, and its tokenizer, whose EOS is the one that ends a response."""
-    model, tokenizer = load_model(name, compute_dtype(cfg)), load_tokenizer(name)
+def load_sampler(name: str, cfg: Config, dtype: Optional[torch.dtype] = None) -> tuple[Any, Any]:
+    """A policy to sample from, in `dtype` or the compute dtype, and its tokenizer, whose EOS ends a response."""
+    model, tokenizer = load_model(name, dtype or compute_dtype(cfg)), load_tokenizer(name)
     check_lengths(name, model, cfg)
     model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -951,12 +996,16 @@ print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=1
 """
 
 
-def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Callable) -> tuple[str, Cost]:
-    """The algorithm's folder and cost: from before, or trained now by train(cfg, base, samples, folder)."""
+def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Callable, *kinds: str,
+            **more: Any) -> tuple[str, Cost]:
+    """The algorithm's folder and cost: from before, or trained now by train(cfg, base, samples, folder).
+
+    What the result hangs on, beside training flags, base policy and samples: other `kinds` of flags, and `more`.
+    """
     folder = Path(cfg.out) / algorithm
-    wanted = settings(cfg, "training", seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
+    wanted = settings(cfg, "training", *kinds, seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
                       max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(base),
-                      samples=samples.fingerprint)
+                      samples=samples.fingerprint, **more)
     if not is_fresh(algorithm, folder / "run.json", wanted):
         seed_everything(cfg.seed)
         with new_folder(folder) as work:
@@ -999,8 +1048,8 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
                                       guidance)
             done.update((group[i], r) for i, r in enumerate(responses))
             tokens += sum(len(r.ids) for r in responses)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
             bar.update(len(group))
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
     return gather_rows([done[i] for i in range(len(share))], len(prompts))
 
 
@@ -1021,12 +1070,13 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
     for step in range(cfg.max_response_tokens):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                        use_cache=True, logits_to_keep=1).logits[:, -1].float()                         # (B, V)
-        count_flops(model, ids.numel(), len(logits))
+        count_flops(model, *ids.shape, mask.shape[1], len(logits))
         if guidance:
             conditional, unconditional = logits.log_softmax(-1).chunk(2)
             logits = (1 + guidance) * conditional - guidance * unconditional                            # (B / 2, V)
         log_p = (logits / (cfg.temperature or 1.0)).log_softmax(-1)
         token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[alive, step], cfg.top_p)  # (B,)
+        _spent["generated_tokens"] += len(token)
         is_end = token == model.config.eos_token_id
         for row, t, lp, end in zip(alive.tolist(), token.tolist(),
                                    log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
@@ -1174,22 +1224,28 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, tempera
 
 
 @torch.inference_mode()
-def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list[list[float]]:
-    """Each response token's log-prob at cfg.temperature, in the examples' order; ranks share the work."""
+def each_response_token(compute: Callable, examples: list[Example], cfg: Config) -> list[list[float]]:
+    """What compute(micro-batch) -> (N,) says of each response token, in the examples' order; ranks share the work."""
     share = examples[rank()::world_size()]
     found: dict[int, list[float]] = {}
-    temperature = cfg.temperature or 1.0
     for group in cut_by_tokens([len(e.ids) for e in share], 4 * cfg.micro_batch_tokens):
-        micro = collate([share[i] for i in group])
-        count_flops(model, micro.input_ids.numel(), len(micro.rows))
-        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state     # (B, T, D)
-        hidden = hidden.flatten(0, 1)[micro.rows]                                                   # (N, D)
-        head, targets = model.get_output_embeddings(), micro.targets.flatten()[micro.rows]
-        parts = [-negative_log_likelihood(logits, targets[part], temperature) for part, logits in
-                 logit_chunks(hidden * head_scale(model), head.weight, getattr(head, "bias", None))]
-        rows = iter(torch.cat(parts).tolist()) if parts else iter(())
+        rows = iter(compute(collate([share[i] for i in group])).tolist())
         found.update((i, [next(rows) for _ in range(share[i].response_tokens)]) for i in group)
     return gather_rows([found[i] for i in range(len(share))], len(examples))
+
+
+def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list[list[float]]:
+    """Each response token's log-prob at cfg.temperature, in the examples' order on every rank."""
+    def compute(micro: MicroBatch) -> torch.Tensor:
+        b, t = micro.input_ids.shape
+        count_flops(model, b, t, t, len(micro.rows))
+        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state     # (B, T, D)
+        hidden = hidden.flatten(0, 1)[micro.rows] * head_scale(model)                               # (N, D)
+        head, targets = model.get_output_embeddings(), micro.targets.flatten()[micro.rows]
+        parts = [-negative_log_likelihood(logits, targets[part], cfg.temperature or 1.0) for part, logits in
+                 logit_chunks(hidden, head.weight, getattr(head, "bias", None))]
+        return torch.cat(parts) if parts else torch.zeros(0)
+    return each_response_token(compute, examples, cfg)
 
 
 @torch.inference_mode()
@@ -1219,13 +1275,13 @@ class Sample(NamedTuple):
 
 @dataclass
 class Samples:
-    """Labelled samples, their reward statistics, and what they cost with all that they needed."""
+    """Labelled samples, their reward statistics, and what they cost, stage by stage."""
     rows: list[Sample]
     mean: float
     std: float
     fingerprint: str
     scorer: str  # fingerprint of the reward model that this run evaluates with
-    cost: Cost
+    ledger: dict[str, Cost]
 
     def z(self, reward: Any) -> np.ndarray:
         """Raw scores, standardised by the samples' mean and standard deviation, float64."""
@@ -1274,15 +1330,16 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
     mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
     if not labelled_by and reward_model:
-        print0(f"warning: {cfg.samples} does not say which reward model labelled it; the table's reward z is this run's "
-               "reward model in that file's units, comparable only if it is the same")
+        print0(f"warning: {cfg.samples} does not say which reward model labelled it; the table's reward z is this "
+               "run's reward model in that file's units, comparable only if it is the same")
     if labelled_by and reward_model and labelled_by != reward_model:
-        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, this run scores with {reward_model}")
+        print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, "
+               f"this run scores with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
-    return Samples(rows, mean, std, file_fingerprint(cfg.samples), reward_model, Cost())
+    return Samples(rows, mean, std, file_fingerprint(cfg.samples), reward_model, {})
 
 
-def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstream: Cost) -> Samples:
+def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, reward_model: Cost) -> Samples:
     """The run's samples.jsonl: responses of the data and of the base policy, labelled by score(), built if missing."""
     path = Path(cfg.out) / "samples.jsonl"
     record, wanted = path.with_suffix(".json"), settings(cfg, "data", "samples", base=policy_fingerprint(base),
@@ -1291,22 +1348,23 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, upstr
         record.unlink(missing_ok=True)  # a kill came between the two files, or somebody edited the first
     barrier()
     if not is_fresh("samples", record, wanted):
-        with measured() as generating:
+        with measured() as generation:
             rows = collect_responses(cfg, base)
         with measured() as labelling:
             rewards = score([r["prompt"] for r in rows], [r["response"] for r in rows], [r["truncated"] for r in rows])
         mean, std = reward_statistics(np.array(rewards), "samples")
         write_text(path, (json.dumps({**row, "reward": r}, ensure_ascii=False) for row, r in zip(rows, rewards)))
-        write_record(record, wanted, generating + labelling, mean=mean, std=std, rows=len(rows),
+        write_record(record, wanted, generation + labelling, mean=mean, std=std, rows=len(rows),
                      bytes=path.stat().st_size,
                      quantiles={f"q{q}": float(np.quantile(rewards, q / 100)) for q in (1, 5, 25, 50, 75, 95, 99)},
-                     generating=asdict(generating), labelling=asdict(labelling))
+                     ledger={"generation": asdict(generation), "labelling": asdict(labelling)})
     built, rows = read_record(record), read_samples(str(path))
     count = {s: sum(r.source == s for r in rows) for s in sorted({r.source for r in rows})}
     kinds = ", ".join(f"{n:,} {s}" for s, n in count.items())
     print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
+    ledger = {stage: Cost(**cost) for stage, cost in built["ledger"].items()}
     return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), scorer,
-                   Cost(**built["cost"]) + upstream)
+                   {"reward_model": reward_model, **ledger})
 
 
 def collect_responses(cfg: Config, base: str) -> list[dict]:
@@ -1362,8 +1420,17 @@ def policy_fingerprint(folder: str) -> str:
 
 
 def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], base: str, samples: Samples,
-             score: Optional[Callable], cost: Cost) -> None:
-    """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each."""
+             score: Optional[Callable], cost: Cost, needs: Iterable[str] = ("reward_model", "generation", "labelling"),
+             ) -> None:
+    """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each.
+
+    `cost` is the training's own; `needs` names the stages of samples.ledger that the algorithm could not do without.
+    """
+    needed = {stage: samples.ledger[stage] for stage in needs if stage in samples.ledger}
+    built = read_record(Path(base) / "run.json").get("cost")
+    ledgers = {"base": {"base": Cost(**built)} if built else {}}
+    ledgers[algorithm] = {**ledgers["base"], **needed, "training": cost}
+    totals = {"base": (Cost(), Cost()), algorithm: (cost, sum(needed.values(), cost))}
     _, held_out = split_prompts(cfg)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
     comparable = settings(cfg, "data", "samples", "evaluation")
@@ -1382,14 +1449,16 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
         if row and file.exists() and all(row.get(k) == v for k, v in mine.items()):
             replies[file.stem] = [r for _, r in read_rows(str(file))]
         else:
-            replies[file.stem] = ask(cfg, where, base, prompts, variant, samples, score)
+            with measured() as evaluation:
+                replies[file.stem] = ask(cfg, where, base, prompts, variant, samples, score)
             write_text(file, (json.dumps(r, ensure_ascii=False) for r in replies[file.stem]))
-            spent = (cost, cost + samples.cost) if name != "base" else (Cost(), Cost())
             row = leaderboard_row(replies[file.stem], next(iter(replies.values()))) | {
                 "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(),
-                "asked": variant.asked,
-                "train_seconds": spent[0].seconds, "total_seconds": spent[1].seconds, "train_flops": spent[0].flops,
-                "total_flops": spent[1].flops, "peak_memory_bytes": spent[0].peak_memory_bytes,
+                "asked": variant.asked, **{f"{prefix}_{unit}": getattr(spent, unit)
+                                           for prefix, spent in zip(("train", "total"), totals[name])
+                                           for unit in ("seconds", "device_seconds", "flops", "generated_tokens")},
+                "peak_memory_bytes": totals[name][0].peak_memory_bytes,
+                "ledger": {stage: asdict(c) for stage, c in {**ledgers[name], "evaluation": evaluation}.items()},
                 "checkpoint": str(where), **mine}
             rows = [r for r in rows if row_key(r) != row_key(row)] + [row]
             write_text(board, map(json.dumps, rows))
@@ -1449,13 +1518,21 @@ def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> No
 
 
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
-    """The table of comparable rows: those of the same data, prompts and sampling, whatever their seed."""
+    """The table of comparable rows: those of the same data, prompts and sampling, whatever their seed.
+
+    "in all" is training with all that it needs, "to PPO" that as a share of what PPO of the same seed took in all.
+    """
+    ppo = {r["seed"]: r for r in rows if r["algorithm"] == "ppo"}
+    for r in rows:
+        for unit in ("seconds", "flops"):
+            whole = ppo.get(r["seed"], {}).get(f"total_{unit}")
+            r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
     columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
-               "KL": ("kl_to_base", ".1f"),
-               "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"), "EOS": ("eos_rate", ".2f"),
-               "train s": ("train_seconds", ".0f"), "in all": ("total_seconds", ".0f"),
-               "train FLOP": ("train_flops", ".1e"), "in all ": ("total_flops", ".1e")}
-    columns = {head: (name, form) for head, (name, form) in columns.items() if any(r[name] is not None for r in rows)}
+               "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
+               "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "in all": ("total_seconds", ".0f"),
+               "to PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
+               "in all ": ("total_flops", ".1e"), "to PPO ": ("flops_to_ppo", ".2f")}
+    columns = {head: column for head, column in columns.items() if any(r[column[0]] is not None for r in rows)}
     width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
     print0("\n" + " " * width + "  seed  " + "  ".join(f"{head:>6}" for head in columns))
     for r in sorted(rows, key=row_key):
@@ -1473,25 +1550,27 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
 def metrics(folder: Path, steps: int, cfg: Config) -> Iterator[Callable]:
     """Yields log(**values): a line of metrics.jsonl and the bar's text for each step; does nothing off rank 0.
 
-    Values are averaged over ranks.  They are read a step late, so that the GPU is never waited for.
+    Values are averaged over ranks.  They are read a step late, so that the GPU is never waited for.  Each line also has
+    what was spent since the first step: seconds of the wall, FLOPs of all ranks.
     """
     writer = tensorboard_writer(folder) if cfg.tensorboard else None
-    start, pending, bar = time.perf_counter(), [], progress(None, folder.name.strip(".").removesuffix(".new"),
-                                                            total=steps, unit="step")
+    before, start, pending = _spent["flops"], time.perf_counter(), []
+    bar = progress(None, folder.name.strip(".").removesuffix(".new"), total=steps, unit="step")
     with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "w") as file, bar:
         def flush() -> None:
-            step, values, seconds = pending.pop()
-            numbers = dict(zip(values, (v / world_size() for v in sum_over_ranks(*values.values()))))
-            file.write(json.dumps({"step": step, **numbers, "seconds": round(seconds, 3)}) + "\n")
+            step, values, seconds, spent = pending.pop()
+            *sums, flops = sum_over_ranks(*values.values(), spent)
+            numbers = dict(zip(values, (v / world_size() for v in sums)))
+            file.write(json.dumps({"step": step, **numbers, "seconds": round(seconds, 3), "flops": flops}) + "\n")
             for name, value in numbers.items() if writer else ():
                 writer.add_scalar(name, value, step)
             bar.update(1)
-            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:3]), refresh=False)
+            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4]), refresh=False)
 
         def log(step: int, **values: Any) -> None:
             if pending:
                 flush()
-            pending.append((step, values, time.perf_counter() - start))
+            pending.append((step, values, time.perf_counter() - start, _spent["flops"] - before))
         yield log
         if pending:
             flush()

@@ -133,7 +133,7 @@ template, its step and format, the rewards' mean and standard deviation, and the
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row for each target to the leaderboard."""
-    base, samples, score = reward_model.labelled_samples(cfg)
+    base, samples, score, _ = reward_model.labelled_samples(cfg)
     folder, cost = common.trained(cfg, "dt", base, samples, train)
     z = samples.z(samples.rewards)
     variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]

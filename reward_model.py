@@ -55,18 +55,19 @@ def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> tor
 
 
 class RewardModel(torch.nn.Module):
-    """A sequence classifier read at each row's last token, its head in float32 whatever the body's dtype."""
+    """A sequence classifier read at chosen positions, its head in float32 whatever the body's dtype."""
 
     def __init__(self, model: Any, dtype: torch.dtype):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T), padded on the right, and where each row's last token is (B,) -> scores (B,), float32."""
-        common.count_flops(self.model, input_ids.numel(), 0, passes=3 if self.training else 1)
-        with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
+    def forward(self, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T), padded on the right, and where to read in the flattened (B * T,) -> float32 scores (N,)."""
+        b, t = input_ids.shape
+        common.count_flops(self.model, b, t, t, 0, passes=3 if torch.is_grad_enabled() else 1)
+        with common.autocast(self.dtype):
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        hidden = hidden[torch.arange(len(last), device=last.device), last]                          # (B, D)
+        hidden = hidden.flatten(0, 1)[rows]                                                         # (N, D)
         return torch.nn.functional.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1)
 
 
@@ -79,8 +80,9 @@ class EncodedPair(NamedTuple):
 class PairBatch(NamedTuple):
     """What one forward takes: P pairs as 2 P rows, each pair's chosen before its rejected."""
     input_ids: torch.Tensor  # (2 P, T) int64, padded on the right: causal attention needs no mask
-    last: torch.Tensor       # (2 P,) int64, where each row's last token stands
+    last: torch.Tensor       # (2 P,) int64, where each row's last token stands in the flattened (2 P * T,)
     weight: torch.Tensor     # (P,) float32, the pair's share in the mean; 0 where a rank only keeps the others company
+    tokens: int              # real ones, prompts and responses
 
 
 def prepare(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[EncodedPair]:
@@ -92,17 +94,20 @@ def prepare(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[EncodedPair]
 
 
 def ids_and_last(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids as (B, T), and the place of each row's last token (B,)."""
-    return common.pad_right(rows).to(common.device()), torch.tensor([len(row) - 1 for row in rows], device=common.device())
+    """Token ids as (B, T), and the place of each row's last token in the flattened (B * T,): (B,)."""
+    ids = common.pad_right(rows)
+    last = torch.tensor([i * ids.shape[1] + len(row) - 1 for i, row in enumerate(rows)])
+    return ids.to(common.device()), last.to(common.device())
 
 
 def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch]]:
-    """This rank's micro-batches of each optimiser step; the loss is the mean over the step's pairs, all ranks together."""
+    """This rank's micro-batches of each optimiser step; the loss is the mean over the step's pairs on all ranks."""
     for indices in common.step_indices(len(examples), cfg):
         step = [examples[i] for i in indices]
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
         yield [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
-                         weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()))
+                         weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()),
+                         tokens=sum(len(side) for i in hand for side in step[i]))
                for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
 
 
@@ -132,7 +137,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()
             log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=schedule.get_last_lr()[0],
-                tokens=sum(micro.last.sum() + len(micro.last) for micro in micros) * common.world_size())
+                tokens=sum(micro.tokens for micro in micros) * common.world_size())
     common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
 
 
@@ -166,7 +171,7 @@ def new_classifier(base: str) -> tuple[Any, Any]:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    return model.to(common.device()), tokenizer
+    return common.without_dropout(model).to(common.device()), tokenizer
 
 
 @functools.lru_cache(maxsize=2)
@@ -239,10 +244,11 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
 
 
 class Road(NamedTuple):
-    """All that lies before an algorithm: base policy, labelled samples, scorer (None if there is no reward model)."""
+    """All that lies before an algorithm."""
     base: str
     samples: Samples
-    score: Optional[Callable]
+    score: Optional[Callable]  # score(prompts, responses, truncated), as above; None without a reward model
+    folder: Optional[str]      # the reward model's
 
 
 def labelled_samples(cfg: common.Config) -> Road:
@@ -250,14 +256,14 @@ def labelled_samples(cfg: common.Config) -> Road:
     base = common.base_policy(cfg)
     if cfg.samples and not (cfg.toy or cfg.preferences or cfg.reward_model):
         print0("no reward model: --samples brings the rewards, and evaluation shows none")
-        return Road(base, common.given_samples(cfg, ""), None)
+        return Road(base, common.given_samples(cfg, ""), None, None)
     folder, cost = built(cfg, base)
     scorer = functools.partial(score, cfg, folder)
     if cfg.samples:
-        return Road(base, common.given_samples(cfg, common.policy_fingerprint(folder)), scorer)
+        return Road(base, common.given_samples(cfg, common.policy_fingerprint(folder)), scorer, folder)
     samples = common.labelled_samples(cfg, base, common.policy_fingerprint(folder), scorer, cost)
     load_scorer.cache_clear()  # training needs the memory more
-    return Road(base, samples, scorer)
+    return Road(base, samples, scorer, folder)
 
 
 def main(cfg: Config) -> None:

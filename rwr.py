@@ -102,7 +102,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    base, samples, score = reward_model.labelled_samples(cfg)
+    base, samples, score, _ = reward_model.labelled_samples(cfg)
     folder, cost = common.trained(cfg, "rwr", base, samples, train)
     variants = [common.Variant(f"beta {cfg.beta:g}")]
     common.evaluate(cfg, "rwr", folder, variants, base, samples, score, cost)
