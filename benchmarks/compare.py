@@ -104,6 +104,14 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+def order(rows: dict[str, list[dict]]) -> list[str]:
+    """The paper's order, DT before RWR before filtering before SFT, as paired differences of gold."""
+    named = [next((name for name in rows if name.startswith(start)), None)
+             for start in ("dt target q99", "rwr", "mle_filter", "sft")]
+    return [f"- {better} − {worse}: {interval(column(rows[better], 'gold') - column(rows[worse], 'gold'))}"
+            for better, worse in zip(named, named[1:]) if better and worse]
+
+
 def curve(folder: Path, row: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """A PPO run, iteration by iteration: what was spent before each rollout, with all it needs, and its gold reward."""
     steps = [step for _, step in common.read_rows(str(folder / "ppo" / "metrics.jsonl"))]
@@ -117,6 +125,23 @@ def curve(folder: Path, row: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
         x[unit] = before + np.concatenate([[0.0], so_far[:-1]]) * (1 if name == "tokens" else training[
             unit.removeprefix("total_")] / so_far[-1])
     return x, np.array([step["gold"] for step in steps])
+
+
+def catching_up(rows: dict[str, list[dict]], cfg: Config) -> list[str]:
+    """What PPO had spent, as a share of what DT took in all, when its rollouts first reached DT's gold, seed by seed."""
+    dt_name, ppo = (next(name for name in reversed(rows) if name.startswith(start)) for start in ("dt", "ppo"))
+    lines = []
+    for theirs, mine in zip(rows[dt_name], rows[ppo]):
+        x, gold = curve(Path(cfg.out) / f"seed{mine['seed']}", mine)
+        smooth = np.convolve(gold, np.ones(3) / 3, mode="valid")  # of three iterations
+        if (smooth < theirs["gold"]).all():
+            lines.append(f"- seed {mine['seed']}: PPO's rollouts never reach the {theirs['gold']:.2f} of {dt_name}")
+            continue
+        i = int(np.argmax(smooth >= theirs["gold"])) + 2
+        shares = ", ".join(f"{x[unit][i] / theirs[unit]:.2f} of its {label}" for unit, label in UNITS.items())
+        lines.append(f"- seed {mine['seed']}: PPO's rollouts reach the {theirs['gold']:.2f} of {dt_name} at iteration {i}, "
+                     f"after {shares}")
+    return lines
 
 
 def over_optimisation(cfg: Config) -> list[str]:
@@ -187,9 +212,11 @@ def main(cfg: Config) -> None:
     rows = run(cfg)
     lines = [f"{len(cfg.seeds)} seeds ({', '.join(map(str, cfg.seeds))}), mean ± standard error; differences are paired "
              f"by seed, with 95 % intervals; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
-             f"{date.today()}", "", *table(rows), ""]
+             f"{date.today()}", "", *table(rows), "", *order(rows), ""]
     if "ppo" in cfg.methods:
         lines += over_optimisation(cfg)
+    if {"dt", "ppo"} <= set(cfg.methods):
+        lines += ["", *catching_up(rows, cfg)]
     common.write_text(Path(cfg.out) / "table.md", lines)
     print("\n".join(lines))
     try:
