@@ -248,8 +248,11 @@ def parse(Config: type, args: Optional[list[str]] = None) -> Any:
     parser = HfArgumentParser(Config, allow_abbrev=False, description=about)
     parser.error = wrong_flag
     args = sys.argv[1:] if args is None else args
-    if not any(a.split("=")[0] in ("--model", "--preferences") for a in args):
+    given = {a.split("=")[0] for a in args}
+    if not given & {"--model", "--preferences"}:
         parser.set_defaults(**toy_defaults(Config))
+    if "--epochs" in given:
+        parser.set_defaults(steps=None)  # the toy world's steps would win
     cfg, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     require(not unknown, f"unknown flag {' '.join(unknown)}; --help lists them all")
     return cfg
@@ -832,11 +835,15 @@ def step_indices(examples: int, cfg: Config) -> Iterator[list[int]]:
         yield order[start:start + cfg.batch_size]
 
 
-def cut_by_tokens(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices into lengths, longest first, cut so that rows * longest row <= budget, one row at least."""
+def cut_by_tokens(lengths: list[int], budget: int, enough: int = 2048) -> list[list[int]]:
+    """Indices into lengths, longest first, cut so that rows * longest row <= budget, one row at least.
+
+    A group of `enough` tokens, padding included, is cut off where the next row is a fifth shorter: it would be padding.
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+        rows, longest = (len(groups[-1]), lengths[groups[-1][0]]) if groups else (0, 0)
+        if not groups or (rows + 1) * longest > budget or rows * longest >= enough and lengths[i] < 0.8 * longest:
             groups.append([])
         groups[-1].append(i)
     return groups
@@ -1041,71 +1048,154 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
     done: dict[int, Response] = {}
     with progress(None, what, total=len(share), unit="row") as bar:
         tokens, start = 0, time.perf_counter()
-        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
+        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens, enough=4 * cfg.micro_batch_tokens):
             draws = (np.random.Generator(np.random.Philox(key=[seed, share[i]])) for i in group)
             uniform = np.stack([row.random(cfg.max_response_tokens) for row in draws])
-            responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
-                                      guidance)
+            with packed_heads(model):
+                responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
+                                          guidance)
             done.update((group[i], r) for i, r in enumerate(responses))
             tokens += sum(len(r.ids) for r in responses)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
             bar.update(len(group))
+    _spent["generated_tokens"] += tokens
     return gather_rows([done[i] for i in range(len(share))], len(prompts))
+
+
+@contextlib.contextmanager
+def packed_heads(model: Any) -> Iterator[None]:
+    """Lets attention read a new token's query heads that share a key as so many positions of one head.
+
+    torch's attention would first copy the keys and values of the whole cache for each query head.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                  attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, **more: Any) -> tuple:
+        b, heads, t, width = query.shape
+        if t > 1 or heads == key.shape[1]:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+        packed = query.view(b, key.shape[1], -1, width)                         # (B, key heads, heads a key, D)
+        said = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+        return said.reshape(b, 1, heads, -1), None                              # (B, 1, heads, D)
+    before = model.config._attn_implementation
+    if before == "sdpa":
+        AttentionInterface.register("packed_heads", attention)
+        AttentionMaskInterface.register("packed_heads", sdpa_mask)
+        model.config._attn_implementation = "packed_heads"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
                   guidance: float) -> list[Response]:
-    """Decodes one group together; a row that met EOS leaves the batch and the cache."""
-    from transformers import DynamicCache
+    """Decodes one group together; what is said stays on the device until all rows have met EOS."""
     prompts = [p for half in zip(*paths) for p in half]                     # conditional rows, then unconditional ones
-    halves, width = len(paths[0]), max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts],
-                       device=device())                  # (B, T), left-padded
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())      # (B, T)
-    position = (mask.cumsum(1) - 1).clamp(min=0)                                                        # (B, T)
-    alive, cache = torch.arange(len(paths), device=device()), DynamicCache(config=model.config)
-    tokens: list[list[int]] = [[] for _ in paths]
-    log_probs: list[list[float]] = [[] for _ in paths]
-    ended = [False] * len(paths)
+    logits, cache, mask = _prefill(model, prompts, cfg)                     # (B, V), -, (B, T)
+    position = mask.sum(1, keepdim=True) - 1                                # (B, 1)
+    halves, rows = len(paths[0]), torch.arange(len(paths), device=device())  # rows (R,): who is still in the batch
+    said = torch.full((len(paths), cfg.max_response_tokens), model.config.eos_token_id, device=device())
+    log_probs = torch.zeros(said.shape, device=device())
+    ended = torch.zeros(len(said), dtype=torch.bool, device=device())
     for step in range(cfg.max_response_tokens):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1].float()                         # (B, V)
-        count_flops(model, *ids.shape, mask.shape[1], len(logits))
         if guidance:
             conditional, unconditional = logits.log_softmax(-1).chunk(2)
-            logits = (1 + guidance) * conditional - guidance * unconditional                            # (B / 2, V)
+            logits = (1 + guidance) * conditional - guidance * unconditional                            # (R, V)
         log_p = (logits / (cfg.temperature or 1.0)).log_softmax(-1)
-        token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[alive, step], cfg.top_p)  # (B,)
-        _spent["generated_tokens"] += len(token)
-        is_end = token == model.config.eos_token_id
-        for row, t, lp, end in zip(alive.tolist(), token.tolist(),
-                                   log_p.gather(-1, token[:, None]).squeeze(-1).tolist(), is_end.tolist()):
-            tokens[row].append(t), log_probs[row].append(lp)
-            ended[row] = end
-        position = position[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        if is_end.any():
-            stay = (~is_end).nonzero().squeeze(1)
-            if not len(stay):
+        token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[rows, step], cfg.top_p)   # (R,)
+        said[rows, step], log_probs[rows, step] = token, log_p.gather(-1, token[:, None]).squeeze(-1)
+        ended[rows] |= token == model.config.eos_token_id
+        if step % 4 == 3 or step == cfg.max_response_tokens - 1:  # seldom: it waits for the GPU, and copies the cache
+            stay = (~ended[rows]).nonzero().squeeze(1)
+            if not len(stay) or step == cfg.max_response_tokens - 1:
                 break
-            alive, token = alive[stay], token[stay]
-            stay = torch.cat([stay + half * len(is_end) for half in range(halves)])
-            mask, position = mask[stay], position[stay]
-            cache.batch_select_indices(stay)
-        ids = token.repeat(halves)[:, None]                                                             # (B, 1)
-    return [Response(t, lp, not end) for t, lp, end in zip(tokens, log_probs, ended)]
+            if len(stay) <= 0.75 * len(rows):
+                rows, token = rows[stay], token[stay]
+                stay = torch.cat([stay + half * (len(mask) // halves) for half in range(halves)])
+                mask, position = mask[stay], position[stay]
+                cache.batch_select_indices(stay)
+        position, mask = position + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        count_flops(model, len(mask), 1, mask.shape[1], len(mask))
+        logits = model(input_ids=token.repeat(halves)[:, None], attention_mask=mask, position_ids=position,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()   # (B, V)
+    lengths = ((said == model.config.eos_token_id).cumsum(1) == 0).sum(1) + 1
+    return [Response(ids[:n], lp[:n], not end) for ids, lp, n, end in
+            zip(said.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
+
+
+def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Reads the prompts: logits behind each (B, V), a cache with room for the responses, its padding mask (B, T).
+
+    Prompts of like length are read together, so that little padding is, and their caches laid side by side, padded on
+    the left.  Where a layer's cache is of a kind of its own (a sliding window), all are read as one.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+    width = max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())      # (B, T)
+    whole, logits = DynamicCache(config=model.config), [torch.empty(0)] * len(prompts)
+    plain = all(type(layer) is DynamicLayer for layer in whole.layers)
+    budget, enough = (cfg.micro_batch_tokens, 2048) if plain else [len(prompts) * width] * 2
+    for group in cut_by_tokens([len(p) for p in prompts], budget, enough):
+        longest = len(prompts[group[0]])
+        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in group], device=device())
+        seen = mask[group, width - longest:]                                                            # (b, t)
+        part = DynamicCache(config=model.config) if plain else whole
+        count_flops(model, *ids.shape, longest, len(group))
+        read = model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+                     past_key_values=part, use_cache=True, logits_to_keep=1).logits[:, -1].float()      # (b, V)
+        for i, row in zip(group, read):
+            logits[i] = row
+        for layer, one in zip(whole.layers, part.layers) if plain else ():
+            if not layer.is_initialized:
+                _make_room(layer, one, len(prompts), width, cfg.max_response_tokens)
+            layer.keys[group, :, width - longest:], layer.values[group, :, width - longest:] = one.keys, one.values
+    return torch.stack(logits), whole, mask
+
+
+def _make_room(layer: Any, like: Any, rows: int, width: int, more: int) -> None:
+    """Turns an empty cache layer into one of this width, with room for `more` positions, so that none copies the rest."""
+    layer.lazy_initialization(like.keys, like.values)
+    room = [torch.zeros(rows, x.shape[1], width + more, x.shape[3], dtype=x.dtype, device=x.device)
+            for x in (like.keys, like.values)]                                                          # (B, H, T, D)
+
+    def look(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        layer.keys, layer.values = (x[:, :, :length] for x in room)
+        return layer.keys, layer.values
+
+    def update(keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        start = layer.keys.shape[2]
+        for x, new in zip(room, (keys, values)):
+            x[:, :, start:start + new.shape[2]] = new
+        return look(start + keys.shape[2])
+
+    def batch_select_indices(rows: torch.Tensor) -> None:
+        room[:] = [x[rows] for x in room]
+        look(layer.keys.shape[2])
+    layer.update, layer.batch_select_indices = update, batch_select_indices
+    look(width)
 
 
 def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
     """One token a row from log-probs (B, V), by inverting the cumulative distribution at uniform (B,): int64 (B,)."""
-    p = log_p.double().exp()
-    order = None
+    p, order = log_p.exp(), None
     if top_p < 1:
         p, order = p.sort(-1, descending=True)
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
-    total = p.cumsum(-1)
-    index = torch.searchsorted(total, (uniform.to(total.dtype) * total[:, -1])[:, None],
-                               right=True).clamp(max=p.shape[-1] - 1)
+    # In two steps, block and place in it: a running sum over a whole vocabulary is slow, and in float32 inexact.
+    blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))             # (B, V / 256, 256)
+    total = blocks.sum(-1).double().cumsum(-1)                                                          # (B, V / 256)
+    at = (uniform.double() * total[:, -1])[:, None]                                                     # (B, 1)
+    block = torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
+    before = torch.where(block > 0, total.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].double().cumsum(-1)        # (B, 256)
+    place = torch.searchsorted(inside, at - before, right=True)
+    last = (inside < inside[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead behind the last p > 0
+    index = block * 256 + torch.minimum(place, last)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
@@ -1280,7 +1370,8 @@ class Samples:
     mean: float
     std: float
     fingerprint: str
-    scorer: str  # fingerprint of the reward model that this run evaluates with
+    labelled_by: Optional[str]  # fingerprint of the reward model that gave the rewards, if known
+    scorer: str                 # and of the one that this run evaluates with
     ledger: dict[str, Cost]
 
     def z(self, reward: Any) -> np.ndarray:
@@ -1336,7 +1427,7 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
         print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, "
                f"this run scores with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
-    return Samples(rows, mean, std, file_fingerprint(cfg.samples), reward_model, {})
+    return Samples(rows, mean, std, file_fingerprint(cfg.samples), labelled_by, reward_model, {})
 
 
 def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, reward_model: Cost) -> Samples:
@@ -1363,7 +1454,7 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, rewar
     kinds = ", ".join(f"{n:,} {s}" for s, n in count.items())
     print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
     ledger = {stage: Cost(**cost) for stage, cost in built["ledger"].items()}
-    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), scorer,
+    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), scorer, scorer,
                    {"reward_model": reward_model, **ledger})
 
 
@@ -1520,7 +1611,7 @@ def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> No
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
     """The table of comparable rows: those of the same data, prompts and sampling, whatever their seed.
 
-    "in all" is training with all that it needs, "to PPO" that as a share of what PPO of the same seed took in all.
+    "all" is training with all that it needs, "/PPO" that as a share of all that the newest PPO of the same seed took.
     """
     ppo = {r["seed"]: r for r in rows if r["algorithm"] == "ppo"}
     for r in rows:
@@ -1529,9 +1620,9 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
             r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
     columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
                "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
-               "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "in all": ("total_seconds", ".0f"),
-               "to PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
-               "in all ": ("total_flops", ".1e"), "to PPO ": ("flops_to_ppo", ".2f")}
+               "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
+               "s/PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
+               "all FLOP": ("total_flops", ".1e"), "FLOP/PPO": ("flops_to_ppo", ".2f")}
     columns = {head: column for head, column in columns.items() if any(r[column[0]] is not None for r in rows)}
     width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
     print0("\n" + " " * width + "  seed  " + "  ".join(f"{head:>6}" for head in columns))

@@ -39,20 +39,20 @@ class Config(common.Config):
     kl_coef: float = knob(0.05, "beta, the price of a nat of KL to the base policy, in reward z", of="training")
     kl_target: Optional[float] = knob(None, "adapt beta until a response's KL to base is so many nats (6 is usual)",
                                       of="training")
-    kl_horizon: float = knob(10000.0, "with --kl_target: beta moves by at most a fifth in 1/5 so many responses",
-                             of="training")
+    kl_horizon: float = knob(10000.0, "with --kl_target: beta moves by at most a fifth in so many responses",
+                             toy=1000.0, of="training")
     gae_lambda: float = knob(0.95, "lambda of the advantages: 1 is the return itself, 0 one step ahead", of="training")
     clip: float = knob(0.2, "eps: how far a token's probability ratio may gain from moving", of="training")
     value_clip: float = knob(0.2, "how far a value may gain from moving", of="training")
-    value_coef: float = knob(0.1, "weight of the value loss", of="training")
+    value_coef: float = knob(0.1, "weight of the value loss; --critic_lr does more, as Adam undoes most of a scale",
+                             of="training")
     entropy_coef: float = knob(0.0, "weight of an entropy bonus", of="training")
-    missing_eos_score: float = knob(-1.0, "score of a response that was cut off, in place of the reward model's",
-                                    of="training")
+    missing_eos_score: float = knob(-1.0, "a response that was cut off scores this at most", of="training")
     rollout_batch_size: int = knob(1024, "responses per iteration, all ranks together", toy=256, of="training")
     ppo_epochs: int = knob(4, "passes over an iteration's responses", of="training")
     critic_lr: float = knob(9e-6, "peak learning rate of the critic", toy=2e-3, of="training")
     lr: float = knob(5e-7, "peak learning rate, falling to 0 in a line", toy=5e-4, of="training")
-    epochs: int = knob(1, "responses to each training prompt", of="training")
+    epochs: int = knob(1, "responses to each training prompt, rounded up to whole iterations", of="training")
     steps: Optional[int] = knob(None, "iterations, in place of --epochs", toy=20, of="training")
     batch_size: int = knob(128, "responses per optimiser step, all ranks together", toy=64, of="training")
 
@@ -65,6 +65,10 @@ class Config(common.Config):
             common.require(0 < getattr(self, name) < math.inf, f"--{name} must be above 0, not {getattr(self, name)}")
         common.require(self.kl_target is None or self.kl_target > 0,
                        f"--kl_target must be above 0, not {self.kl_target}")
+        common.require(self.kl_target is None or self.kl_coef > 0,
+                       "--kl_target needs a --kl_coef above 0 to start from")
+        common.require(self.kl_target is None or self.kl_horizon >= self.rollout_batch_size,
+                       "--kl_horizon must not be below --rollout_batch_size")
         common.require(0 <= self.gae_lambda <= 1, f"--gae_lambda lies between 0 and 1, not {self.gae_lambda}")
         common.require(math.isfinite(self.missing_eos_score),
                        f"--missing_eos_score must be a finite number, not {self.missing_eos_score}")
@@ -114,6 +118,8 @@ class ActorCritic(common.Policy):
     def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
         super().__init__(model, cfg)
         self.critic, self.mean, self.std = critic, samples.mean, samples.std
+        if cfg.gradient_checkpointing:
+            critic.model.gradient_checkpointing_enable()
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
@@ -168,7 +174,8 @@ def prepare(rollout: Rollout, base_log_probs: list, values: list, z: np.ndarray,
     columns = (old, whiten(advantage, mask), value, returns)
     examples = [e._replace(per_token=tuple(column[i, :e.response_tokens] for column in columns))
                 for i, e in enumerate(rollout.examples)]
-    unexplained = (returns - value)[mask].var() / returns[mask].var().clamp(min=1e-12)
+    to_come = reward.flip(1).cumsum(1).flip(1)  # what really came: the returns above lean on the critic itself
+    unexplained = (to_come - value)[mask].var() / to_come[mask].var().clamp(min=1e-12)
     return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()), "objective": float(reward.sum(1).mean()),
                       "explained_variance": float(1 - unexplained)}
 
@@ -191,12 +198,12 @@ def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
     return kl_coef * (1 + error * cfg.rollout_batch_size / cfg.kl_horizon)
 
 
-def new_critic(base: str, folder: str, cfg: Config) -> reward_model.RewardModel:
+def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
     """The reward model's weights; a new head on the base policy where its tokens are not the policy's."""
-    scorer, tokenizer = reward_model.load_scorer.__wrapped__(folder, torch.float32)  # not the one that scores
+    rm, tokenizer = reward_model.load_scorer.__wrapped__(rm_folder, torch.float32)  # a copy: the one that scores stays
     if common.load_tokenizer(base).get_vocab().items() <= tokenizer.get_vocab().items():
-        return reward_model.RewardModel(scorer.model, common.compute_dtype(cfg))
-    print0(f"  {folder} has other tokens than {base}: the critic starts from the latter")
+        return reward_model.RewardModel(rm.model, common.compute_dtype(cfg))
+    print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
     return reward_model.RewardModel(reward_model.new_classifier(base)[0], common.compute_dtype(cfg))
 
 
@@ -217,7 +224,7 @@ def endless(count: int, seed: int) -> Iterator[int]:
 
 def roll_out(actor: ActorCritic, tokenizer: Any, prompts: list, ids: list[list[int]], cfg: Config,
              seed: int) -> Rollout:
-    """One response to each prompt, sampled from the policy as it is now."""
+    """One response to each prompt, sampled from the policy as it is now; from all of it: top-p is for evaluation."""
     actor.eval()
     with common.autocast(actor.dtype):
         responses = common.sample(actor.model, ids, replace(cfg, top_p=1.0), seed, what="rollout")
@@ -233,6 +240,7 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
                                entropy_coef=cfg.entropy_coef, statistics=statistics)
     for batch in common.batches(examples, cfg):
+        lr = schedule.get_last_lr()[0]
         for micro in common.accumulate(policy, batch.micros):
             surrogate, value_error = policy(micro, kernel, cfg.value_clip)
             ((surrogate + cfg.value_coef * value_error) / batch.normaliser).backward()
@@ -245,14 +253,14 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
     approx_kl, clip_fraction, entropy = statistics * share
     return {"loss": loss * share, "value_loss": value_loss * share, "approx_kl": approx_kl,
             "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm,
-            "lr": schedule.get_last_lr()[0]}
+            "lr": lr}
 
 
-def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callable, scorer: str) -> None:
+def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callable, rm_folder: str) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
     model, tokenizer = common.load_sampler(base, cfg, torch.float32)
     reference = common.load_model(base, common.compute_dtype(cfg))
-    actor = ActorCritic(model, new_critic(base, scorer, cfg), samples, cfg)
+    actor = ActorCritic(model, new_critic(base, rm_folder, cfg), samples, cfg)
     policy = common.distributed(actor)
     prompts, _ = common.split_prompts(cfg)
     ids = common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
@@ -271,7 +279,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
             seconds = time.perf_counter() - start
 
             z = samples.z(score(rollout.prompts, rollout.texts, rollout.truncated))
-            z = np.where(rollout.truncated, cfg.missing_eos_score, z)
+            z = np.where(rollout.truncated, np.minimum(z, cfg.missing_eos_score), z)
 
             base_log_probs = common.response_log_probs(reference, rollout.examples, cfg)
             values = common.each_response_token(actor.values, rollout.examples, cfg)
@@ -280,19 +288,24 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
             learnt = update(policy, actor, optimizer, schedule, examples,
                             replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed))
             said = describe(rollout, cfg)
-            log(iteration, **found, **said, **learnt, kl_coef=kl_coef, rollout_tokens_per_second=said["tokens"] / seconds)
+            log(iteration, **found, **said, **learnt, kl_coef=kl_coef,
+                rollout_tokens_per_second=said["tokens"] / seconds)
             kl_coef = adapted(kl_coef, found["kl"], cfg)
     common.save_policy(folder, policy, tokenizer, cfg, f"PPO, KL coefficient {cfg.kl_coef:g}.")
 
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    base, samples, score, scorer = reward_model.labelled_samples(cfg)
+    base, samples, score, rm_folder = reward_model.labelled_samples(cfg)
     common.require(score is not None,
                    "PPO scores what it samples: give --reward_model, or --preferences to train one on")
-    folder, cost = common.trained(cfg, "ppo", base, samples, functools.partial(train, score=score, scorer=scorer),
+    common.require(samples.labelled_by == samples.scorer,
+                   f"{cfg.samples}: PPO takes the units of its reward from the samples, so the same reward model must "
+                   "have labelled them; leave --samples away to label the data's")
+    folder, cost = common.trained(cfg, "ppo", base, samples,
+                                  functools.partial(train, score=score, rm_folder=rm_folder),
                                   "data", "samples", scorer=samples.scorer)
-    variants = [common.Variant(f"kl {cfg.kl_coef:g}")]
+    variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target else ""))]
     common.evaluate(cfg, "ppo", folder, variants, base, samples, score, cost, needs=("reward_model",))
 
 

@@ -126,7 +126,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
 
     with common.metrics(folder, steps, cfg) as log:
         for step, micros in enumerate(batches(examples, cfg)):
-            loss = accuracy = 0.0
+            loss, accuracy, lr = 0.0, 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(reward_model, micros):
                 scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)
                 gradient = scores.detach().clone()
@@ -136,7 +136,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
                 accuracy += (scores[:, 0] > scores[:, 1]).float() @ micro.weight
             grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
             optimizer.step(), schedule.step(), optimizer.zero_grad()
-            log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=schedule.get_last_lr()[0],
+            log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=lr,
                 tokens=sum(micro.tokens for micro in micros) * common.world_size())
     common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
 
@@ -182,7 +182,7 @@ def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs a sequence classifier with num_labels=1 and a `score` head")
-    return RewardModel(model.to(common.device()).eval(), dtype), common.load_tokenizer(folder)
+    return RewardModel(common.without_dropout(model).to(common.device()).eval(), dtype), common.load_tokenizer(folder)
 
 
 @torch.inference_mode()

@@ -81,7 +81,7 @@ def tokenizer(run):
 def samples_of(rewards, prompts=None):
     rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i,
             r in enumerate(rewards)]
-    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", {})
+    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", "rm", {})
 
 
 # ------------------------------------------------------------------------------------------- fused kernels and driver
@@ -874,22 +874,45 @@ def test_ppo_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, m
 def test_ppo_beta_moves_towards_the_kl_target():
     cfg = config(ppo_baseline, kl_target=6.0)
     assert ppo_baseline.adapted(0.1, 9.0, cfg) > 0.1 > ppo_baseline.adapted(0.1, 3.0, cfg)
-    assert ppo_baseline.adapted(0.1, 600.0, cfg) == pytest.approx(0.1 * (1 + 0.2 * 256 / 10000))  # by a fifth at most
+    assert ppo_baseline.adapted(0.1, 600.0, cfg) == pytest.approx(0.1 * (1 + 0.2 * 256 / 1000))  # by a fifth at most
     assert ppo_baseline.adapted(0.1, 9.0, config(ppo_baseline)) == 0.1
 
 
-def test_ppo_runs_logs_and_gives_cut_off_responses_the_fixed_score(run):
+def test_ppo_runs_logs_and_never_pays_a_cut_off_response_more_than_the_penalty(run):
     """Nothing can end within two tokens: all scores are the penalty's, whatever the reward model says."""
     out, _ = run
     script("ppo_baseline.py", "--model", out / "base", "--reward_model", out / "rm", "--samples", out / "samples.jsonl",
            "--out", out.parent / "ppo", "--dtype", "fp32", "--max_prompt_tokens", "64", "--max_response_tokens", "2",
            "--steps", "2", "--rollout_batch_size", "8", "--batch_size", "4", "--eval_prompts", "4", "--no_compile",
-           "--missing_eos_score", "-1.5")
+           "--missing_eos_score", "-9")
     lines = [json.loads(line) for line in (out.parent / "ppo" / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "score", "objective", "kl", "eos_rate", "clip_fraction", "approx_kl", "explained_variance",
             "entropy", "response_tokens", "rollout_tokens_per_second", "loss", "value_loss", "lr", "grad_norm", "tokens",
             "seconds", "flops"} <= set(lines[0])
-    assert len(lines) == 2 and lines[0]["score"] == -1.5 and lines[0]["eos_rate"] == 0 and abs(lines[0]["kl"]) < 1e-4
+    assert len(lines) == 2 and lines[0]["score"] == -9 and lines[0]["eos_rate"] == 0 and abs(lines[0]["kl"]) < 1e-4
+
+
+def test_ppo_refuses_samples_whose_units_are_another_reward_models(run, tmp_path):
+    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes", "reward": 100 + i}
+                                            for i in range(40)))
+    done = script("ppo_baseline.py", "--model", run[0] / "base", "--samples", samples, "--reward_model", run[0] / "rm",
+                  "--out", tmp_path / "x", "--max_prompt_tokens", "64", "--max_response_tokens", "8", status=2)
+    assert "units of its reward" in done.stderr
+
+
+def test_models_with_dropout_are_trained_and_scored_without_it(tmp_path):
+    from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+    shape = dict(vocab_size=V, n_embd=D, n_layer=1, n_head=2, pad_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "lm")
+    GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1)).save_pretrained(tmp_path / "rm")
+    common.load_tokenizer, kept = lambda folder: None, common.load_tokenizer
+    try:
+        scorer, _ = reward_model.load_scorer.__wrapped__(str(tmp_path / "rm"), torch.float32)
+    finally:
+        common.load_tokenizer = kept
+    for model in (common.load_model(str(tmp_path / "lm")), scorer.model):
+        ids = torch.randint(1, V, (2, 9))
+        torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 def test_ppo_without_a_reward_model_is_one_sentence(run, tmp_path):

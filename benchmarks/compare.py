@@ -23,6 +23,7 @@ import common  # noqa: E402
 import dt  # noqa: E402
 import mle_filter  # noqa: E402
 import ppo_baseline  # noqa: E402
+import reward_model  # noqa: E402
 import rwr  # noqa: E402
 from common import knob  # noqa: E402
 
@@ -44,7 +45,9 @@ class Config:
     compile: bool = knob(True, "torch.compile the loss kernels")
 
     def __post_init__(self) -> None:
-        common.require(len(set(self.seeds)) > 1, "--seeds: a spread needs two seeds at least")
+        common.require(len(set(self.seeds)) == len(self.seeds) > 1,
+                       "--seeds: a spread needs two seeds at least, all different")
+        common.require(len(self.seeds) <= len(T_QUANTILE) + 1, f"--seeds: at most {len(T_QUANTILE) + 1}")
         common.require(set(self.methods) <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
 
 
@@ -73,9 +76,7 @@ def column(group: list[dict], name: str) -> np.ndarray:
 
 def interval(differences: np.ndarray) -> str:
     """Mean and 95 % interval of paired differences, by Student's t over the seeds."""
-    degrees = len(differences) - 1
-    t = T_QUANTILE[degrees - 1] if degrees <= len(T_QUANTILE) else 1.96
-    half = t * differences.std(ddof=1) / math.sqrt(len(differences))
+    half = T_QUANTILE[len(differences) - 2] * differences.std(ddof=1) / math.sqrt(len(differences))
     return f"{differences.mean():+.2f} [{differences.mean() - half:+.2f}, {differences.mean() + half:+.2f}]"
 
 
@@ -127,19 +128,35 @@ def curve(folder: Path, row: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return x, np.array([step["gold"] for step in steps])
 
 
+def on_training_prompts(seed: int, cfg: Config) -> float:
+    """Gold of guided DT on the prompts that PPO's rollouts answer: like must be held against like."""
+    flags = {**common.toy_defaults(dt.Config), "seed": seed, "out": str(Path(cfg.out) / f"seed{seed}")}
+    run = dt.Config(**flags)
+    base, samples, _, _ = reward_model.labelled_samples(run)
+    prompts, _ = common.split_prompts(run)
+    wish = dt.condition(dt.wish(TARGETS[-1], samples.z(samples.rewards)), run)
+    variant = common.Variant("", wish, run.guidance)
+    replies = common.ask(run, f"{run.out}/dt", base, prompts * 4, variant, samples, None)
+    return float(np.mean([r["gold"] for r in replies]))
+
+
 def catching_up(rows: dict[str, list[dict]], cfg: Config) -> list[str]:
-    """What PPO had spent, as a share of what DT took in all, when its rollouts first reached DT's gold, seed by seed."""
-    dt_name, ppo = (next(name for name in reversed(rows) if name.startswith(start)) for start in ("dt", "ppo"))
+    """What PPO had spent, against all that guided DT took, when its rollouts reached DT's gold on the same prompts."""
+    dt_rows, ppo_rows = (next(rows[name] for name in reversed(rows) if name.startswith(start))
+                         for start in ("dt", "ppo"))
     lines = []
-    for theirs, mine in zip(rows[dt_name], rows[ppo]):
-        x, gold = curve(Path(cfg.out) / f"seed{mine['seed']}", mine)
+    for dt_row, ppo_row in zip(dt_rows, ppo_rows):
+        seed = ppo_row["seed"]
+        with open(Path(cfg.out) / f"seed{seed}" / "log.txt", "a") as log, contextlib.redirect_stdout(log):
+            goal = on_training_prompts(seed, cfg)
+        spent, gold = curve(Path(cfg.out) / f"seed{seed}", ppo_row)
         smooth = np.convolve(gold, np.ones(3) / 3, mode="valid")  # of three iterations
-        if (smooth < theirs["gold"]).all():
-            lines.append(f"- seed {mine['seed']}: PPO's rollouts never reach the {theirs['gold']:.2f} of {dt_name}")
+        if (smooth < goal).all():
+            lines.append(f"- seed {seed}: PPO's rollouts never reach guided DT's {goal:.2f} on the training prompts")
             continue
-        i = int(np.argmax(smooth >= theirs["gold"])) + 2
-        shares = ", ".join(f"{x[unit][i] / theirs[unit]:.2f} of its {label}" for unit, label in UNITS.items())
-        lines.append(f"- seed {mine['seed']}: PPO's rollouts reach the {theirs['gold']:.2f} of {dt_name} at iteration {i}, "
+        i = int(np.argmax(smooth >= goal)) + 2
+        shares = ", ".join(f"{spent[unit][i] / dt_row[unit]:.2f} of its {label}" for unit, label in UNITS.items())
+        lines.append(f"- seed {seed}: PPO's rollouts reach guided DT's {goal:.2f} on the training prompts at iteration {i}, "
                      f"after {shares}")
     return lines
 
@@ -175,7 +192,8 @@ def draw_compute(plt, rows: dict[str, list[dict]], cfg: Config, file: Path) -> N
                     axis.plot(x[unit], y, color="C0", alpha=0.25, linewidth=1)
                 length = min(len(y) for _, y in curves)
                 axis.plot(np.mean([x[unit][:length] for x, _ in curves], 0),
-                          np.mean([y[:length] for _, y in curves], 0), color="C0", label=f"{name}, its rollouts")
+                          np.mean([y[:length] for _, y in curves], 0), color="C0",
+                          label=f"{name}, rollouts (training prompts)")
                 gold = column(group, "gold")
                 axis.errorbar(column(group, unit).mean(), gold.mean(), gold.std(ddof=1) / math.sqrt(len(gold)), fmt="*",
                               capsize=3, color="C0", markersize=11, label=f"{name}, held out")
@@ -210,8 +228,8 @@ def draw_asked(plt, rows: dict[str, list[dict]], file: Path) -> None:
 def main(cfg: Config) -> None:
     """Runs, prints and writes the table, draws the pictures."""
     rows = run(cfg)
-    lines = [f"{len(cfg.seeds)} seeds ({', '.join(map(str, cfg.seeds))}), mean ± standard error; differences are paired "
-             f"by seed, with 95 % intervals; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+    lines = [f"{len(cfg.seeds)} seeds ({', '.join(map(str, cfg.seeds))}), mean ± standard error; differences are "
+             f"paired by seed, with 95 % intervals; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
              f"{date.today()}", "", *table(rows), "", *order(rows), ""]
     if "ppo" in cfg.methods:
         lines += over_optimisation(cfg)

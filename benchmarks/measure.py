@@ -1,0 +1,94 @@
+"""What the benchmarks share: contenders timed in turn, their medians and spread, a JSON line that the README quotes."""
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def machine() -> dict:
+    """What the figures were taken on."""
+    packages = {}
+    for name in ("torch", "transformers", "trl", "liger_kernel", "cut_cross_entropy"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else ""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"date": str(date.today()), "cpu": model, "cores": os.cpu_count(), "gpu": gpu,
+            "threads": torch.get_num_threads(), **packages}
+
+
+def synchronize() -> None:
+    """Waits for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(contenders: dict[str, Callable], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Calls every contender once (that first call compiles, and is told apart), then each in turn `repeats` times."""
+    first: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(repeats + 1):
+        for name, call in contenders.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            took = time.perf_counter() - start
+            if turn:
+                seconds[name].append(took)
+            else:
+                first[name] = took
+    return seconds, first
+
+
+def ratio(seconds: dict[str, list[float]], theirs: str, ours: str) -> str:
+    """How many times longer theirs takes than ours, turn by turn: the median, and the least and the most."""
+    each = np.array(seconds[theirs]) / np.array(seconds[ours])
+    return f"{np.median(each):.2f} ({each.min():.2f}–{each.max():.2f})"
+
+
+def memory_above(call: Callable) -> int:
+    """Bytes that a call needs at its peak, beyond what is held before it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def record(benchmark: str, rows: list[dict], file: str) -> None:
+    """Appends a line with the machine and all rows to a JSON-lines file."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as f:
+        f.write(json.dumps({"benchmark": benchmark, **machine(), "rows": rows}) + "\n")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([str(row[h]) for h in heads] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
