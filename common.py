@@ -1159,7 +1159,7 @@ def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.T
 
 def _make_room(layer: Any, like: Any, rows: int, width: int, more: int) -> None:
     """Turns an empty cache layer into one of this width, with room for `more` positions, so that none copies the rest."""
-    layer.lazy_initialization(like.keys, like.values)
+    layer.dtype, layer.device, layer.is_initialized = like.keys.dtype, like.keys.device, True
     room = [torch.zeros(rows, x.shape[1], width + more, x.shape[3], dtype=x.dtype, device=x.device)
             for x in (like.keys, like.values)]                                                          # (B, H, T, D)
 
