@@ -1077,7 +1077,7 @@ def packed_heads(model: Any) -> Iterator[None]:
         b, heads, t, width = query.shape
         if t > 1 or heads == key.shape[1]:
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-        packed = query.view(b, key.shape[1], -1, width)                         # (B, key heads, heads a key, D)
+        packed = query.reshape(b, key.shape[1], -1, width)                      # (B, key heads, heads a key, D)
         said = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
         return said.reshape(b, 1, heads, -1), None                              # (B, 1, heads, D)
     before = model.config._attn_implementation
@@ -1204,7 +1204,7 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 # kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  The
 # full (N, V) logits never exist, and backward only scales what forward stored.
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20  # a chunk of few rows is slow: each reads and writes the head's whole gradient
 _scratch: dict = {}
 
 
@@ -1216,10 +1216,9 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any, *rows: torch.T
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
-    hidden = hidden * head_scale(model)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight = (x.to(torch.get_autocast_dtype(hidden.device.type)) for x in (hidden, weight))
-    return _HeadLoss.apply(hidden.to(weight.dtype), weight, bias, kernel, *rows)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return _HeadLoss.apply((hidden * head_scale(model)).to(dtype), weight, bias, kernel, *rows)
 
 
 def head_scale(model: Any) -> float:
@@ -1233,16 +1232,17 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, kernel, *rows):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        grad_weight = torch.zeros_like(weight) if want_weight and not len(hidden) else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for part, logits in logit_chunks(hidden, weight, bias):
+        for part, logits in logit_chunks(hidden, head, bias):
             loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()
             if want_hidden:
-                torch.mm(logits, weight, out=grad_hidden[part])
+                torch.mm(logits, head, out=grad_hidden[part])
             if want_weight:
-                add_outer_(grad_weight, logits, hidden[part])
+                grad_weight = add_outer(grad_weight, logits, hidden[part], wide)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
         ctx.grads = [g if g is None else g.to(like.dtype) for g, like in
@@ -1268,7 +1268,7 @@ def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor,
     for start in range(0, len(hidden), chunk):
         part = slice(start, min(start + chunk, len(hidden)))
         n = part.stop - part.start
-        logits = scratch(n * stride, hidden.dtype, hidden.device).view(n, stride)[:, :vocabulary]
+        logits = scratch("logits", n * stride, hidden.dtype, hidden.device).view(n, stride)[:, :vocabulary]
         if bias is None:
             torch.mm(hidden[part], weight.t(), out=logits)
         else:
@@ -1276,23 +1276,27 @@ def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor,
         yield part, logits
 
 
-def scratch(size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
+def scratch(name: str, size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
     """A buffer (size,) that is kept between steps: fresh pages cost more than the work done in them."""
-    buffer = _scratch.get((dtype, where))
+    buffer = _scratch.get((name, dtype, where))
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # else the first sampler's buffer could not serve training
-            buffer = _scratch[dtype, where] = torch.empty(size, dtype=dtype, device=where)
+            buffer = _scratch[name, dtype, where] = torch.empty(size, dtype=dtype, device=where)
     return buffer[:size]
 
 
-def add_outer_(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total (V, D) += logits.T (V, n) @ hidden (n, D), in total's dtype: bf16 would lose the later chunks."""
-    if total.dtype == logits.dtype:
-        total.addmm_(logits.t(), hidden)
-    elif logits.device.type == "cuda":
-        total += torch.mm(logits.t(), hidden, out_dtype=total.dtype)
-    else:
-        total += logits.t() @ hidden
+def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch.Tensor,
+              wide: torch.dtype) -> torch.Tensor:
+    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on in `wide`, as bf16 would lose the rest."""
+    if logits.device.type == "cuda" and logits.dtype != wide:
+        outer = torch.mm(logits.t(), hidden, out_dtype=wide)
+        return outer if total is None else total.add_(outer)
+    if total is None:
+        return logits.t() @ hidden
+    if logits.dtype == wide:
+        return total.addmm_(logits.t(), hidden)
+    outer = scratch("outer", total.numel(), logits.dtype, logits.device).view(total.shape)
+    return total.to(wide).add_(torch.mm(logits.t(), hidden, out=outer))
 
 
 def run_kernel(kernel: Callable, *args: Any) -> Any:

@@ -386,18 +386,32 @@ def test_cut_responses_carry_no_eos_and_long_prompts_are_cut_on_the_left(tokeniz
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 
 
-def test_greedy_sampler_equals_generate_on_uneven_prompts():
-    model = tiny_model(dtype=torch.float32)
-    cfg = config(temperature=0.0, max_response_tokens=12)
+def mistral():
+    """A model whose layers see five positions back: their caches are of a kind of their own."""
+    from transformers import MistralConfig, MistralForCausalLM
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
+                                            num_attention_heads=2, num_key_value_heads=1, sliding_window=5,
+                                            initializer_range=0.3, eos_token_id=0)).eval()
+
+
+@pytest.mark.parametrize("tokens_together", [16384, 40])  # all prompts are read at once, or in parts
+@pytest.mark.parametrize("model", [lambda: tiny_model(dtype=torch.float32), mistral,
+                                   lambda: tiny_model(dtype=torch.float32, num_key_value_heads=1)],
+                         ids=["plain", "sliding window", "heads that share a key"])
+def test_greedy_sampler_equals_generate_on_uneven_prompts(model, tokens_together):
+    model = model()
+    cfg = config(temperature=0.0, max_response_tokens=12, micro_batch_tokens=tokens_together)
     for prompt, ours in zip(PROMPTS, common.sample(model, PROMPTS, cfg, seed=0)):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12,
                                 pad_token_id=0)[0, len(prompt):].tolist()
         assert ours.ids == theirs[:len(ours.ids)] and (ours.truncated or ours.ids[-1] == 0)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_log_probs_equal_an_unpadded_forward(temperature):
-    model, cfg = tiny_model(dtype=torch.float32), config(max_response_tokens=9, temperature=temperature)
+@pytest.mark.parametrize("temperature, tokens_together", [(1.0, 16384), (0.7, 40)])
+def test_sampler_log_probs_equal_an_unpadded_forward(temperature, tokens_together):
+    model = tiny_model(dtype=torch.float32, num_key_value_heads=1)
+    cfg = config(max_response_tokens=9, temperature=temperature, micro_batch_tokens=tokens_together)
     responses = common.sample(model, PROMPTS, cfg, seed=3)
     rows = [Example(p + r.ids, len(p)) for p, r in zip(PROMPTS, responses)]
     for example, response, again in zip(rows, responses, common.response_log_probs(model, rows, cfg)):
@@ -405,6 +419,20 @@ def test_sampler_log_probs_equal_an_unpadded_forward(temperature):
         expected = [log_p[t - 1, example.ids[t]].item() for t in range(example.prompt_length, len(example.ids))]
         np.testing.assert_allclose(response.log_probs, expected, atol=1e-4)
         np.testing.assert_allclose(again, expected, atol=1e-4)
+
+
+def test_sampling_leaves_the_models_attention_as_it_was():
+    model = tiny_model(dtype=torch.float32, num_key_value_heads=1)
+    before = model.config._attn_implementation
+    common.sample(model, PROMPTS, config(max_response_tokens=3), seed=0)
+    assert model.config._attn_implementation == before == "sdpa"
+
+
+def test_a_token_without_probability_is_never_drawn():
+    log_p = torch.full((3, 700), -torch.inf)
+    log_p[:, 300], log_p[:, 550] = math.log(0.25), math.log(0.75)
+    for uniform, token in ((0.0, 300), (0.2499, 300), (0.2501, 550), (1 - 1e-16, 550)):
+        assert common.draw(log_p, torch.full((3,), uniform, dtype=torch.float64)).tolist() == [token] * 3
 
 
 def test_a_rows_randomness_does_not_depend_on_its_batch():
