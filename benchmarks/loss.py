@@ -115,6 +115,7 @@ def contenders(loss: str, t: dict[str, torch.Tensor]) -> dict[str, Callable]:
 
 def cell(cfg: Config, loss: str, vocabulary: int, fraction: float, dtype: str) -> dict:
     """One row of the table: how many times longer each rival takes than ours, and what memory plain and ours need."""
+    common._scratch.clear()  # of other cells
     t = problem(cfg, vocabulary, fraction, DTYPES[dtype])
 
     def step(call: Callable) -> None:
