@@ -22,12 +22,15 @@ import re
 import resource
 import shutil
 import sys
+import tempfile
 import time
 import unicodedata
 import zlib
+from array import array
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
 import numpy as np
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # trust the CPU's flags: probing them takes 10 s of a first run
@@ -517,7 +520,7 @@ def _tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], li
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
 
     def encode(texts: list[str]) -> list[list[int]]:
-        rows = [[ids[t] for t in row] for row in encoding.encode_ordinary_batch([normal(t) for t in texts])]
+        rows = [[ids[t] for t in encoding.encode_ordinary(normal(text))] for text in texts]
         return [own([text])[0] if None in row else row for text, row in zip(texts, rows)]
     return encode
 
@@ -578,12 +581,6 @@ def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int,
             for ids, cut in zip(bulk_encoder(tokenizer)(responses), broken)]
 
 
-def encode_samples(tokenizer: Any, samples: list[Sample], cfg: Config) -> list[list[int]]:
-    """Samples' responses as token ids."""
-    return encode_responses(tokenizer, [s.response for s in samples], cfg.max_response_tokens,
-                            [s.truncated for s in samples])
-
-
 # ---------------------------------------------------------------------------------------------------------- data
 # Preference pairs in three shapes: full transcripts (Anthropic's HH), prompt/chosen/rejected strings, chat messages.
 
@@ -599,8 +596,14 @@ class Pair(NamedTuple):
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
     """The rows of a .jsonl or .jsonl.gz, each with its place ("file, line 7").  Raises BadInput at a bad one."""
+    for place, row, _ in locate_rows(path):
+        yield place, row
+
+
+def locate_rows(path: str) -> Iterator[tuple[str, dict, int]]:
+    """read_rows, and where in the (unpacked) file each row begins."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    number = 0
+    number, offset = 0, 0
     try:
         with opener(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -608,8 +611,10 @@ def read_rows(path: str) -> Iterator[tuple[str, dict]]:
                     row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     require(isinstance(row, dict),
                             f"{path}, line {number}: not a JSON object but a {type(row).__name__}")
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                    yield f"{path}, line {number}", row
+                    if b"\\u" in line:
+                        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                    yield f"{path}, line {number}", row, offset
+                offset += len(line)
     except UnicodeError as problem:
         raise BadInput(f"{path}, line {number}: not UTF-8 ({problem.reason})") from problem
     except (ValueError, RecursionError) as problem:
@@ -726,33 +731,37 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 
+def prompt_hash(prompt: Any) -> int:
+    """64 bits that identify a prompt, where its text would take too much memory."""
+    return int.from_bytes(hashlib.blake2b(prompt_key(prompt).encode(), digest_size=8).digest(), "big")
+
+
 def is_held_out(prompt: Any, share: float, seed: int) -> bool:
     """Whether this prompt is held out; a matter of prompt and seed alone, so that all scripts agree."""
     return zlib.crc32(f"{seed} {prompt_key(prompt)}".encode()) / 2**32 < share
 
 
-def read_prompts(source: str) -> list:
-    """Distinct prompts, in order, of rows that have a `prompt` or a transcript under `chosen`."""
+def read_prompts(source: str, wanted: Callable[[Any], bool]) -> list:
+    """Distinct prompts that are wanted, in order, of rows that have a `prompt` or a transcript under `chosen`."""
     found = {}
     for file in data_files(source):
         for place, row in read_rows(file):
             prompt = conversation(place, row, "chosen")[0] if "chosen" in row else prompt_of(place, row)
-            found.setdefault(prompt_key(prompt), prompt)
-    require(bool(found), f"{source}: no prompt in it")
+            if wanted(prompt):
+                found.setdefault(prompt_key(prompt), prompt)
     return list(found.values())
 
 
-def split_prompts(cfg: Config) -> tuple[list, list]:
-    """Distinct prompts to generate for, and held-out ones: of --prompts, of --preferences, or of the --samples file."""
+def split_prompts(cfg: Config, held_out: bool) -> list:
+    """Distinct prompts, the held-out ones or the others: of --prompts, of --preferences, or of the --samples file."""
     if cfg.prompts or not (cfg.preferences or cfg.toy):
-        prompts = read_prompts(cfg.prompts or cfg.samples)
-        train, test = ([p for p in prompts if is_held_out(p, cfg.held_out, cfg.seed) == hidden]
-                       for hidden in (False, True))
+        found = read_prompts(cfg.prompts or cfg.samples,
+                             lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
     else:
-        train, test = (list({prompt_key(p.prompt): p.prompt for p in pairs}.values()) for pairs in load_pairs(cfg))
-    require(bool(train) and bool(test),
+        found = list({prompt_key(p.prompt): p.prompt for p in load_pairs(cfg)[held_out]}.values())
+    require(bool(found),
             f"{cfg.prompts or cfg.samples}: too few prompts to hold any out; give more or a larger --held_out")
-    return train, test
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- batches
@@ -774,6 +783,38 @@ class Example(NamedTuple):
     @property
     def response_tokens(self) -> int:
         return len(self.ids) - self.prompt_length
+
+
+class Examples:
+    """Examples of labelled samples, read and tokenised when a step asks for them: memory does not grow with their text.
+
+    `rows` says which samples, `suffix(i)` what is written behind sample i's prompt, `reward` and `weight` hold its own.
+    """
+
+    def __init__(self, samples: Samples, tokenizer: Any, cfg: Config, rows: Optional[np.ndarray] = None,
+                 suffix: Optional[Callable[[int], str]] = None, reward: Optional[np.ndarray] = None,
+                 weight: Optional[np.ndarray] = None):
+        self.samples, self.tokenizer, self.cfg = samples, tokenizer, cfg
+        self.rows = np.arange(len(samples.rows)) if rows is None else rows
+        self.suffix = suffix
+        self.reward = np.zeros(len(samples.rows)) if reward is None else reward
+        self.weight = np.ones(len(samples.rows)) if weight is None else weight
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Iterable[int]) -> list[Example]:
+        chosen = [int(self.rows[i]) for i in indices]
+        samples = [self.samples.rows[i] for i in chosen]
+        prompts = encode_prompts(self.tokenizer, [s.prompt for s in samples], self.cfg.max_prompt_tokens,
+                                 [self.suffix(i) for i in chosen] if self.suffix else None)
+        responses = encode_responses(self.tokenizer, [s.response for s in samples], self.cfg.max_response_tokens,
+                                     [s.truncated for s in samples])
+        return [Example(p + r, len(p), float(self.reward[i]), float(self.weight[i]))
+                for i, p, r in zip(chosen, prompts, responses)]
 
 
 @dataclass
@@ -830,9 +871,9 @@ def step_indices(examples: int, cfg: Config) -> Iterator[list[int]]:
     per_epoch = math.ceil(examples / cfg.batch_size)
     for step in range(count_steps(examples, cfg)):
         if step % per_epoch == 0:
-            order = np.random.default_rng((cfg.seed, step // per_epoch)).permutation(examples).tolist()
+            order = np.random.default_rng((cfg.seed, step // per_epoch)).permutation(examples)
         start = step % per_epoch * cfg.batch_size
-        yield order[start:start + cfg.batch_size]
+        yield order[start:start + cfg.batch_size].tolist()
 
 
 def cut_by_tokens(lengths: list[int], budget: int, enough: int = 2048) -> list[list[int]]:
@@ -858,16 +899,20 @@ def deal(lengths: list[int], budget: int) -> list[list[int]]:
     return cuts[rank()] + [[]] * (most - len(cuts[rank()]))
 
 
-def batches(examples: list[Example], cfg: Config) -> Iterator[Batch]:
+def batches(examples: Examples | list[Example], cfg: Config) -> Iterator[Batch]:
     """The optimiser steps of a run.  A rank without work gets an example whose response is masked: it must not stop."""
-    idle = [examples[0]._replace(prompt_length=len(examples[0].ids), per_token=((),) * len(examples[0].per_token))]
     for indices in step_indices(len(examples), cfg):
-        step = [examples[i] for i in indices]
+        step = examples.__getitems__(indices) if isinstance(examples, Examples) else [examples[i] for i in indices]
         hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
         weight = sum(e.weight * e.response_tokens for e in step)
-        yield Batch(micros=[collate([step[i] for i in hand] or idle) for hand in hands],
+        yield Batch(micros=[collate([step[i] for i in hand] or [idle(step[0])]) for hand in hands],
                     tokens=sum(e.response_tokens for e in step),
                     normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
+
+
+def idle(example: Example) -> Example:
+    """The example without its response: it takes part in a forward, and adds nothing."""
+    return example._replace(prompt_length=len(example.ids), per_token=((),) * len(example.per_token))
 
 
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
@@ -877,10 +922,10 @@ def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
         yield micro
 
 
-def print_plan(examples: int, tokens: int, cfg: Config) -> None:
+def print_plan(examples: int, cfg: Config) -> None:
     """The resolved arithmetic, before training."""
     steps = count_steps(examples, cfg)
-    print0(f"  {examples:,} sequences, {tokens:,} tokens; {steps} steps of {cfg.batch_size} over {world_size()} "
+    print0(f"  {examples:,} sequences; {steps} steps of {cfg.batch_size} over {world_size()} "
            f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; "
            f"at most {cfg.micro_batch_tokens:,} tokens a forward; "
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
@@ -1034,22 +1079,23 @@ class Response(NamedTuple):
 
 @torch.inference_mode()
 def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
-           unconditional: Optional[list[list[int]]] = None,
-           guidance: float = 0.0, what: str = "sampling") -> list[Response]:
+           unconditional: Optional[list[list[int]]] = None, guidance: float = 0.0,
+           seeds: Optional[Sequence[int]] = None, what: str = "sampling") -> list[Response]:
     """One response for each prompt's token ids, in the prompts' order on every rank; ranks share the work.
 
-    A row's randomness comes from the seed and its index, not from its batch or rank.  Log-probs are those of the
+    A row's randomness comes from the seed and the row's own of `seeds` (its index), not from its batch or rank.  Log-probs are those of the
     distribution at cfg.temperature, before top-p.  With `guidance` g, each token is drawn from the softmax of
     (1 + g) log p(.|prompt) - g log p(.|unconditional), both in one forward (Sanchez et al. 2023, arXiv 2306.17806).
     """
     share = list(range(rank(), len(prompts), world_size()))
+    seeds = range(len(prompts)) if seeds is None else seeds
     paths = [[prompts[i]] + ([unconditional[i]] if guidance else []) for i in share]
     lengths = [len(paths[0]) * (max(map(len, p)) + cfg.max_response_tokens) for p in paths] if share else []
     done: dict[int, Response] = {}
     with progress(None, what, total=len(share), unit="row") as bar:
         tokens, start = 0, time.perf_counter()
         for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens, enough=4 * cfg.micro_batch_tokens):
-            draws = (np.random.Generator(np.random.Philox(key=[seed, share[i]])) for i in group)
+            draws = (np.random.Generator(np.random.Philox(key=[seed, seeds[share[i]]])) for i in group)
             uniform = np.stack([row.random(cfg.max_response_tokens) for row in draws])
             with packed_heads(model):
                 responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
@@ -1370,7 +1416,8 @@ class Sample(NamedTuple):
 @dataclass
 class Samples:
     """Labelled samples, their reward statistics, and what they cost, stage by stage."""
-    rows: list[Sample]
+    rows: Sequence[Sample]      # read from disk one by one
+    rewards: np.ndarray         # raw scores of the rows, float64
     mean: float
     std: float
     fingerprint: str
@@ -1382,33 +1429,54 @@ class Samples:
         """Raw scores, standardised by the samples' mean and standard deviation, float64."""
         return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
 
-    @property
-    def rewards(self) -> np.ndarray:
-        """Raw scores of the rows, float64."""
-        return np.array([s.reward for s in self.rows], dtype=np.float64)
+
+class SampleFile(Sequence):
+    """The rows of samples files, left where they lie: 20 bytes of memory a row.
+
+    Raises BadInput at a row without prompt, response or a finite reward.
+    """
+
+    def __init__(self, path: str, wanted: Callable[[Sample], bool] = lambda sample: True):
+        self.names, self.files = data_files(path), []
+        number, offsets, rewards = array("i"), array("q"), array("d")
+        self.left_out, self.sources = 0, Counter()
+        for n, name in enumerate(self.names):
+            self.files.append(unpacked(name))
+            for place, row, offset in locate_rows(name):
+                sample = sample_of(place, row)
+                if wanted(sample):
+                    number.append(n), offsets.append(offset), rewards.append(sample.reward)
+                    self.sources[sample.source] += 1
+                else:
+                    self.left_out += 1
+        require(len(offsets) + self.left_out > 0, f"{path}: no sample in it")
+        self.number, self.offsets, self.rewards = (np.frombuffer(c, c.typecode) for c in (number, offsets, rewards))
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, i: int) -> Sample:
+        file = self.files[self.number[i]]
+        file.seek(self.offsets[i])
+        return sample_of(self.names[self.number[i]], json.loads(file.readline().decode("utf-8-sig")))
 
 
-def read_samples(path: str) -> list[Sample]:
-    """Rows of a samples file.  Raises BadInput at a row without prompt, response or a finite reward."""
-    rows = []
-    for file in data_files(path):
-        for place, row in read_rows(file):
-            reward = field_of(place, row, "reward", (int, float), "a number")
-            require(abs(reward) < 1e300, f"{place}: the field 'reward' must be finite, found {reward}")
-            rows.append(Sample(prompt_of(place, row), field_of(place, row, "response"), float(reward),
-                               str(row.get("source", "given")), bool(row.get("truncated", False))))
-    require(bool(rows), f"{path}: no sample in it")
-    return rows
+def unpacked(name: str) -> Any:
+    """A data file, open for reading in any order; a compressed one is unpacked into a nameless file first."""
+    if not name.endswith(".gz"):
+        return open(name, "rb")
+    file = tempfile.TemporaryFile()
+    with gzip.open(name) as packed:
+        shutil.copyfileobj(packed, file)
+    return file
 
 
-def without_prompts(rows: list, held_out: list, prompt: Callable, source: str) -> list:
-    """The rows whose prompt is not held out; says how many are left out."""
-    hidden = {prompt_key(p) for p in held_out}
-    kept = [row for row in rows if prompt_key(prompt(row)) not in hidden]
-    if len(kept) < len(rows):
-        print0(f"  {source}: {len(rows) - len(kept):,} of {len(rows):,} samples have held-out prompts; left out")
-    require(bool(kept), f"{source}: every prompt in it is held out")
-    return kept
+def sample_of(place: str, row: dict) -> Sample:
+    """A row as a sample.  Raises BadInput without prompt, response or a finite reward."""
+    reward = field_of(place, row, "reward", (int, float), "a number")
+    require(abs(reward) < 1e300, f"{place}: the field 'reward' must be finite, found {reward}")
+    return Sample(prompt_of(place, row), field_of(place, row, "response"), float(reward),
+                  str(row.get("source", "given")), bool(row.get("truncated", False)))
 
 
 def reward_statistics(rewards: np.ndarray, source: str) -> tuple[float, float]:
@@ -1420,9 +1488,13 @@ def reward_statistics(rewards: np.ndarray, source: str) -> tuple[float, float]:
 
 def given_samples(cfg: Config, reward_model: str) -> Samples:
     """The samples of --samples, which others labelled; warns where that was another reward model than this run's."""
-    _, held_out = split_prompts(cfg)
-    rows = without_prompts(read_samples(cfg.samples), held_out, lambda s: s.prompt, cfg.samples)
-    mean, std = reward_statistics(np.array([s.reward for s in rows]), cfg.samples)
+    hidden = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
+    rows = SampleFile(cfg.samples, lambda sample: prompt_hash(sample.prompt) not in hidden)
+    if rows.left_out:
+        print0(f"  {cfg.samples}: {rows.left_out:,} of {rows.left_out + len(rows):,} samples have held-out prompts; left "
+               "out")
+    require(len(rows) > 0, f"{cfg.samples}: every prompt in it is held out")
+    mean, std = reward_statistics(rows.rewards, cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
     if not labelled_by and reward_model:
         print0(f"warning: {cfg.samples} does not say which reward model labelled it; the table's reward z is this "
@@ -1431,7 +1503,7 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
         print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by}, "
                f"this run scores with {reward_model}")
     print0(f"samples: {cfg.samples}, {len(rows):,} rows, reward {mean:.3f} ± {std:.3f}")
-    return Samples(rows, mean, std, file_fingerprint(cfg.samples), labelled_by, reward_model, {})
+    return Samples(rows, rows.rewards, mean, std, file_fingerprint(cfg.samples), labelled_by, reward_model, {})
 
 
 def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, reward_model: Cost) -> Samples:
@@ -1443,53 +1515,103 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, rewar
         record.unlink(missing_ok=True)  # a kill came between the two files, or somebody edited the first
     barrier()
     if not is_fresh("samples", record, wanted):
-        with measured() as generation:
-            rows = collect_responses(cfg, base)
-        with measured() as labelling:
-            rewards = score([r["prompt"] for r in rows], [r["response"] for r in rows], [r["truncated"] for r in rows])
-        mean, std = reward_statistics(np.array(rewards), "samples")
-        write_text(path, (json.dumps({**row, "reward": r}, ensure_ascii=False) for row, r in zip(rows, rewards)))
-        write_record(record, wanted, generation + labelling, mean=mean, std=std, rows=len(rows),
+        ledger = label(cfg, base, score, path, wanted)
+        rewards = SampleFile(str(path)).rewards
+        mean, std = reward_statistics(rewards, "samples")
+        write_record(record, wanted, sum(ledger.values(), Cost()), mean=mean, std=std, rows=len(rewards),
                      bytes=path.stat().st_size,
                      quantiles={f"q{q}": float(np.quantile(rewards, q / 100)) for q in (1, 5, 25, 50, 75, 95, 99)},
-                     ledger={"generation": asdict(generation), "labelling": asdict(labelling)})
-    built, rows = read_record(record), read_samples(str(path))
-    count = {s: sum(r.source == s for r in rows) for s in sorted({r.source for r in rows})}
-    kinds = ", ".join(f"{n:,} {s}" for s, n in count.items())
+                     ledger={stage: asdict(cost) for stage, cost in ledger.items()})
+    built, rows = read_record(record), SampleFile(str(path))
+    kinds = ", ".join(f"{n:,} {source}" for source, n in sorted(rows.sources.items()))
     print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
     ledger = {stage: Cost(**cost) for stage, cost in built["ledger"].items()}
-    return Samples(rows, built["mean"], built["std"], fingerprint(built["settings"]), scorer, scorer,
+    return Samples(rows, rows.rewards, built["mean"], built["std"], fingerprint(built["settings"]), scorer, scorer,
                    {"reward_model": reward_model, **ledger})
 
 
-def collect_responses(cfg: Config, base: str) -> list[dict]:
-    """Rows to label: the responses that people wrote, and the base policy's own, as --sources asks."""
-    rows = []
-    prompts, held_out = split_prompts(cfg)
+LABELLED_TOGETHER = 1024  # rows that a kill may cost
+
+
+def label(cfg: Config, base: str, score: Callable, path: Path, wanted: dict) -> dict[str, Cost]:
+    """Writes the samples file, part by part, and returns what it cost; a run that was killed goes on where it was."""
+    rows = rows_to_label(cfg)
+    beside, record = path.with_name(".samples.jsonl.new"), path.with_name(".samples.json.new")
+    so_far = read_record(record)
+    whole = so_far.get("settings") == json.loads(json.dumps(wanted)) and beside.exists() and \
+        beside.stat().st_size >= so_far["bytes"]
+    done, size = (so_far["rows"], so_far["bytes"]) if whole else (0, 0)
+    ledger = {stage: Cost(**so_far["ledger"][stage]) if whole else Cost() for stage in ("generation", "labelling")}
+    if done:
+        print0(f"  {done:,} of {len(rows):,} are there from a run that was broken off")
+    barrier()
+    tokenizer, sampler = load_tokenizer(base), functools.cache(lambda: load_sampler(base, cfg)[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(beside if rank() == 0 else os.devnull, "r+b" if done else "wb") as file, \
+            progress(None, "samples", total=len(rows), unit="row") as bar:
+        file.seek(size), file.truncate(size) if rank() == 0 else None
+        bar.update(done)
+        for start in range(done, len(rows), LABELLED_TOGETHER):
+            part = rows[start:start + LABELLED_TOGETHER]
+            with measured() as generation:
+                part = respond(cfg, tokenizer, sampler, part)
+            with measured() as labelling:
+                rewards = score([r["prompt"] for r in part], [r["response"] for r in part],
+                                [r["truncated"] for r in part])
+            ledger = {"generation": ledger["generation"] + generation, "labelling": ledger["labelling"] + labelling}
+            file.writelines(json.dumps({**row, "reward": r}, ensure_ascii=False).encode() + b"\n"
+                            for row, r in zip(part, rewards))
+            file.flush()
+            os.fsync(file.fileno())
+            write_record(record, wanted, sum(ledger.values(), Cost()), rows=start + len(part), bytes=file.tell(),
+                         ledger={stage: asdict(cost) for stage, cost in ledger.items()})
+            bar.update(len(part))
+    if rank() == 0:
+        beside.replace(path)
+        record.unlink()
+    barrier()
+    return ledger
+
+
+class Unlabelled(NamedTuple):
+    """A prompt with a response that people wrote, or, where that is None, with the seed of the one to be sampled."""
+    prompt: Any
+    response: Optional[str]
+    source: str
+    seed: int
+
+
+def rows_to_label(cfg: Config) -> list[Unlabelled]:
+    """What --sources asks for: the responses that people wrote, and the base policy's own."""
+    rows, hidden = [], {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        train = without_prompts(load_pairs(cfg)[0], held_out, lambda p: p.prompt, "the data")
-        tokenizer = load_tokenizer(base)
-        for source in ("chosen", "rejected"):
-            texts = [getattr(p, source) for p in train]
-            kept = [ids[:cfg.max_response_tokens] for ids in bulk_encoder(tokenizer)(texts)]
-            cut = [len(ids) >= cfg.max_response_tokens for ids in kept]  # no room left for EOS
-            rows += [{"prompt": p.prompt, "response": tokenizer.decode(ids) if c else text, "source": source,
-                      "truncated": c}
-                     for p, text, ids, c in zip(train, texts, kept, cut)]
+        pairs = load_pairs(cfg)[0]
+        rows = [Unlabelled(p.prompt, getattr(p, side), side, 0) for side in ("chosen", "rejected") for p in pairs
+                if prompt_hash(p.prompt) not in hidden]
     if "generated" in cfg.sources:
-        rows += [r for r in generate(cfg, base, [p for p in prompts for _ in range(cfg.samples_per_prompt)],
-                                     "generating")
-                 if r["response"].strip()]
+        rows += [Unlabelled(p, None, "generated", i) for i, p in
+                 enumerate(p for p in split_prompts(cfg, held_out=False) for _ in range(cfg.samples_per_prompt))]
     require(bool(rows), "--sources leaves nothing to label")
     return rows
 
 
-def generate(cfg: Config, base: str, prompts: list, what: str) -> list[dict]:
-    """The policy's responses to prompts, as unlabelled rows."""
-    model, tokenizer = load_sampler(base, cfg)
-    responses = sample(model, encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens), cfg, seed=cfg.seed, what=what)
-    return [{"prompt": p, "response": decode(tokenizer, r), "source": "generated", "truncated": r.truncated}
-            for p, r in zip(prompts, responses)]
+def respond(cfg: Config, tokenizer: Any, sampler: Callable, rows: list[Unlabelled]) -> list[dict]:
+    """The rows with a response each, as long as the policy may write: people's words cut, the others sampled."""
+    asked = [row for row in rows if row.response is None]
+    replies = iter(sample(sampler(), encode_prompts(tokenizer, [row.prompt for row in asked], cfg.max_prompt_tokens), cfg,
+                          cfg.seed, seeds=[row.seed for row in asked], what="generating") if asked else [])
+    written = iter(bulk_encoder(tokenizer)([row.response for row in rows if row.response is not None]))
+    done = []
+    for row in rows:
+        if row.response is None:
+            reply = next(replies)
+            text, cut = decode(tokenizer, reply), reply.truncated
+        else:
+            ids = next(written)
+            cut = len(ids) >= cfg.max_response_tokens  # no room left for EOS
+            text = tokenizer.decode(ids[:cfg.max_response_tokens]) if cut else row.response
+        done.append({"prompt": row.prompt, "response": text, "source": row.source, "truncated": cut})
+    return done
 
 
 def decode(tokenizer: Any, response: Response) -> str:
@@ -1526,7 +1648,7 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
     ledgers = {"base": {"base": Cost(**built)} if built else {}}
     ledgers[algorithm] = {**ledgers["base"], **needed, "training": cost}
     totals = {"base": (Cost(), Cost()), algorithm: (cost, sum(needed.values(), cost))}
-    _, held_out = split_prompts(cfg)
+    held_out = split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
     comparable = settings(cfg, "data", "samples", "evaluation")
     setting = fingerprint({k: v for k, v in comparable.items()

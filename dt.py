@@ -23,7 +23,7 @@ import torch
 
 import common
 import reward_model
-from common import Example, Samples, knob, print0
+from common import Examples, Samples, knob, print0
 
 
 @dataclass
@@ -90,15 +90,12 @@ def wish(target: str, z: np.ndarray) -> float:
     return value
 
 
-def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
+def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> Examples:
     """Labelled samples -> examples: all of them, the reward behind the prompt except where it is dropped."""
     z = samples.z(samples.rewards)
     dropped = np.random.default_rng(cfg.seed).random(len(z)) < cfg.condition_dropout
-    tags = ["" if drop else condition(reward, cfg) for reward, drop in zip(z, dropped)]
     print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; a tag:{condition(z[0], cfg)}")
-    prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens, tags)
-    responses = common.encode_samples(tokenizer, samples.rows, cfg)
-    return [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    return Examples(samples, tokenizer, cfg, suffix=lambda i: "" if dropped[i] else condition(z[i], cfg))
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
@@ -107,7 +104,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
     examples = prepare(samples, tokenizer, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
-    common.print_plan(len(examples), sum(len(e.ids) for e in examples), cfg)
+    common.print_plan(len(examples), cfg)
 
     with common.metrics(folder, steps, cfg) as log:
         for step, batch in enumerate(common.batches(examples, cfg)):

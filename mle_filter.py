@@ -21,7 +21,7 @@ import torch
 
 import common
 import reward_model
-from common import Example, Samples, knob, print0
+from common import Examples, Samples, knob, print0
 
 
 @dataclass
@@ -59,18 +59,20 @@ def best(z: np.ndarray, keep: float) -> np.ndarray:
     return np.argsort(-z, kind="stable")[:max(1, round(keep * len(z)))]
 
 
-def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
+def by_prompt(samples: Samples) -> list[np.ndarray]:
+    """Indices of the samples of each prompt, in their order."""
+    keys = np.array([common.prompt_hash(s.prompt) for s in samples.rows], dtype=np.uint64)
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+
+
+def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> Examples:
     """Labelled samples -> examples: the best ones, over all or for each prompt."""
     z = samples.z(samples.rewards)
-    groups: dict[str, list[int]] = {}
-    for i, s in enumerate(samples.rows):
-        groups.setdefault(common.prompt_key(s.prompt) if cfg.per_prompt else "", []).append(i)
-    kept = [group[i] for group in groups.values() for i in best(z[group], cfg.keep)]
+    groups = by_prompt(samples) if cfg.per_prompt else [np.arange(len(z))]
+    kept = np.concatenate([group[best(z[group], cfg.keep)] for group in groups])
     print0(f"  kept {len(kept):,} of {len(z):,} samples: reward z from {z[kept].min():.2f}, mean {z[kept].mean():.2f}")
-    rows = [samples.rows[i] for i in kept]
-    prompts = common.encode_prompts(tokenizer, [s.prompt for s in rows], cfg.max_prompt_tokens)
-    responses = common.encode_samples(tokenizer, rows, cfg)
-    return [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
+    return Examples(samples, tokenizer, cfg, rows=kept)
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
@@ -79,7 +81,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
     examples = prepare(samples, tokenizer, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
-    common.print_plan(len(examples), sum(len(e.ids) for e in examples), cfg)
+    common.print_plan(len(examples), cfg)
 
     with common.metrics(folder, steps, cfg) as log:
         for step, batch in enumerate(common.batches(examples, cfg)):

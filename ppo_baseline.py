@@ -262,7 +262,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
     reference = common.load_model(base, common.compute_dtype(cfg))
     actor = ActorCritic(model, new_critic(base, rm_folder, cfg), samples, cfg)
     policy = common.distributed(actor)
-    prompts, _ = common.split_prompts(cfg)
+    prompts = common.split_prompts(cfg, held_out=False)
     ids = common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
     optimizer, schedule = make_optimizer(actor, cfg, iterations)

@@ -100,10 +100,10 @@ def ids_and_last(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.to(common.device()), last.to(common.device())
 
 
-def batches(examples: list[EncodedPair], cfg: Config) -> Iterator[list[PairBatch]]:
+def batches(pairs: list[Pair], tokenizer: Any, cfg: Config) -> Iterator[list[PairBatch]]:
     """This rank's micro-batches of each optimiser step; the loss is the mean over the step's pairs on all ranks."""
-    for indices in common.step_indices(len(examples), cfg):
-        step = [examples[i] for i in indices]
+    for indices in common.step_indices(len(pairs), cfg):
+        step = prepare([pairs[i] for i in indices], tokenizer, cfg)
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
         yield [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
                          weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()),
@@ -118,14 +118,13 @@ def train(cfg: Config, base: str, folder: Path) -> None:
     model, tokenizer = new_classifier(base)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    examples = prepare(pairs, tokenizer, cfg)
     reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)))
-    steps = common.count_steps(len(examples), cfg)
+    steps = common.count_steps(len(pairs), cfg)
     optimizer, schedule = common.make_optimizer(reward_model, cfg, steps)
-    common.print_plan(len(examples), sum(len(ids) for pair in examples for ids in pair), cfg)
+    common.print_plan(len(pairs), cfg)
 
     with common.metrics(folder, steps, cfg) as log:
-        for step, micros in enumerate(batches(examples, cfg)):
+        for step, micros in enumerate(batches(pairs, tokenizer, cfg)):
             loss, accuracy, lr = 0.0, 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(reward_model, micros):
                 scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)

@@ -23,7 +23,7 @@ import torch
 
 import common
 import reward_model
-from common import Example, Samples, knob, print0
+from common import Examples, Samples, knob, print0
 
 
 @dataclass
@@ -66,15 +66,13 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tenso
     return loss
 
 
-def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> list[Example]:
+def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> Examples:
     """Labelled samples -> examples: all of them, each with its weight."""
     z = samples.z(samples.rewards)
     weights = weigh(torch.from_numpy(z), z.max(), cfg.beta, cfg.w_max).numpy()
     print0(f"  weights: effective sample size {weights.sum() ** 2 / (weights ** 2).sum():,.0f} of {len(z):,}, "
            f"{(weights == 1).mean():.1%} at the largest weight")
-    prompts = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], cfg.max_prompt_tokens)
-    responses = common.encode_samples(tokenizer, samples.rows, cfg)
-    return [Example(p + r, len(p), reward, w) for p, r, reward, w in zip(prompts, responses, z, weights)]
+    return Examples(samples, tokenizer, cfg, reward=z, weight=weights)
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
@@ -83,8 +81,8 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
     examples = prepare(samples, tokenizer, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
-    common.print_plan(len(examples), sum(len(e.ids) for e in examples), cfg)
-    kernel = functools.partial(weighted_nll_, top=max(e.reward for e in examples), beta=cfg.beta, w_max=cfg.w_max)
+    common.print_plan(len(examples), cfg)
+    kernel = functools.partial(weighted_nll_, top=examples.reward.max(), beta=cfg.beta, w_max=cfg.w_max)
 
     with common.metrics(folder, steps, cfg) as log:
         for step, batch in enumerate(common.batches(examples, cfg)):

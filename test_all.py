@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def tokenizer(run):
 def samples_of(rewards, prompts=None):
     rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i,
             r in enumerate(rewards)]
-    return Samples(rows, float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", "rm", {})
+    return Samples(rows, np.array(rewards, dtype=np.float64), float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", "rm", {})
 
 
 # ------------------------------------------------------------------------------------------- fused kernels and driver
@@ -475,7 +476,7 @@ def scored_by_transformers(folder, texts, padding_side):
 
 
 def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_padding(run):
-    rows = common.read_samples(str(run[0] / "samples.jsonl"))[:6]
+    rows = list(common.SampleFile(str(run[0] / "samples.jsonl")))[:6]
     texts = [s.prompt + s.response for s in rows]
     ours = reward_model.score(config(), str(run[0] / "rm"), *zip(*[(s.prompt, s.response, s.truncated) for s in rows]))
     np.testing.assert_allclose(ours, [s.reward for s in rows], atol=1e-4)
@@ -601,7 +602,7 @@ def test_train_and_held_out_share_no_prompt(tmp_path):
 
 
 def test_rows_in_are_rows_out(run):
-    rows = common.read_samples(str(run[0] / "samples.jsonl"))
+    rows = common.SampleFile(str(run[0] / "samples.jsonl"))
     train, _ = common.load_pairs(config(out=str(run[0])))
     assert [r.response for r in rows if r.source == "chosen"] == [p.chosen for p in train]
     assert sum(r.source == "rejected" for r in rows) == len(train) == 4000
@@ -609,11 +610,50 @@ def test_rows_in_are_rows_out(run):
     assert record["mean"] == pytest.approx(np.mean([r.reward for r in rows])) and record["rows"] == len(rows)
 
 
+def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "LABELLED_TOGETHER", 4)
+    prompts = write(tmp_path / "p.jsonl", *({"prompt": f"Human: {i}"} for i in range(40)))
+    base, calls, die_at = str(run[0] / "base"), [], [3]
+
+    def score(prompts, responses, truncated):
+        calls.append(len(prompts))
+        if len(calls) == die_at[0]:
+            raise KeyboardInterrupt
+        return [float(p.split()[-1]) for p in prompts]
+
+    def label(name):
+        cfg = config(model=base, prompts=prompts, reward_model="rm", sources="generated", samples_per_prompt=1,
+                     held_out=0.5, out=str(tmp_path / name), max_response_tokens=12)
+        common.labelled_samples(cfg, base, "rm", score, common.Cost())
+        return (tmp_path / name / "samples.jsonl").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        label("killed")
+    with open(tmp_path / "killed" / ".samples.jsonl.new", "a") as file:
+        file.write('{"prompt": "half a li')
+    assert not (tmp_path / "killed" / "samples.jsonl").exists()
+    done, die_at[0] = len(calls) - 1, None
+    calls.clear()
+    resumed = label("killed")
+    assert calls[0] == 4 and len(calls) == math.ceil(resumed.count(b"\n") / 4) - done, "finished parts are not made again"
+    assert resumed == label("whole") and not list((tmp_path / "killed").glob(".samples*"))
+
+
+def test_samples_stay_on_disk_at_a_few_bytes_a_row(tmp_path):
+    rows = [{**GOOD, "prompt": f"p{i}", "response": "x" * 1000, "reward": i} for i in range(2000)]
+    for path in (write(tmp_path / "s.jsonl", *rows), write(tmp_path / "s.jsonl.gz", *rows)):
+        tracemalloc.start()
+        samples = common.SampleFile(path)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < 100 * len(rows)
+        assert samples[1999] == Sample("p1999", "x" * 1000, 1999.0, "given", False) and samples[-1] == samples[1999]
+
+
 def test_given_samples_are_never_trained_on_with_held_out_prompts(tmp_path):
     path = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}", "reward": i} for i in range(60)))
     cfg = config(model="m", samples=path, held_out=0.3)
     trained = {s.prompt for s in common.given_samples(cfg, "").rows}
-    _, held_out = common.split_prompts(cfg)
+    held_out = common.split_prompts(cfg, held_out=True)
     assert not trained & set(held_out) and len(trained) + len(held_out) == 60
 
 
@@ -650,7 +690,7 @@ BAD_SAMPLES = {"surrogate": ('{"prompt": "\\ud800", "response": "r", "reward": 1
 def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
     bad, message = BAD_SAMPLES[name]
     with pytest.raises(BadInput, match=message):
-        common.read_samples(write(tmp_path / "s.jsonl", GOOD, bad if isinstance(bad, (str, bytes))
+        common.SampleFile(write(tmp_path / "s.jsonl", GOOD, bad if isinstance(bad, (str, bytes))
                                   else json.dumps(bad)))
 
 
@@ -728,7 +768,7 @@ def test_a_failed_stage_leaves_the_old_folder_and_a_killed_swap_is_put_back(tmp_
 def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path, capsys, monkeypatch):
     path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "reward": 2})
     (tmp_path / "s.json").write_text('{"settings": {"scorer": "theirs"}}')
-    monkeypatch.setattr(common, "split_prompts", lambda cfg: ([], ["another prompt"]))
+    monkeypatch.setattr(common, "split_prompts", lambda cfg, held_out: ["another prompt"])
     common.given_samples(config(samples=path), "ours")
     said = capsys.readouterr().out
     assert "theirs" in said and "ours" in said

@@ -133,7 +133,7 @@ def on_training_prompts(seed: int, cfg: Config) -> float:
     flags = {**common.toy_defaults(dt.Config), "seed": seed, "out": str(Path(cfg.out) / f"seed{seed}")}
     run = dt.Config(**flags)
     base, samples, _, _ = reward_model.labelled_samples(run)
-    prompts, _ = common.split_prompts(run)
+    prompts = common.split_prompts(run, held_out=False)
     wish = dt.condition(dt.wish(TARGETS[-1], samples.z(samples.rewards)), run)
     variant = common.Variant("", wish, run.guidance)
     replies = common.ask(run, f"{run.out}/dt", base, prompts * 4, variant, samples, None)
