@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import gzip
 import hashlib
 import json
 import math
 import os
+import platform
 import random
 import re
 import resource
@@ -29,6 +31,7 @@ import zlib
 from array import array
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
@@ -65,9 +68,14 @@ def device() -> torch.device:
 
 
 def print0(*args, **kwargs) -> None:
-    """print, from rank 0 alone."""
+    """print, from rank 0 alone, and without control characters: data could command the terminal with them."""
     if rank() == 0:
-        print(*args, **kwargs, flush=True)
+        print(*map(printable, args), **kwargs, flush=True)
+
+
+def printable(text: Any) -> str:
+    """The text, its control characters shown as their escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
 
 
 def name_rank() -> str:
@@ -90,13 +98,14 @@ def sum_over_ranks(*values: float) -> list[float]:
     return total.tolist()
 
 
-def gather_rows(mine: list, total: int) -> list:
-    """Puts together rows that were dealt out as rows[rank::world_size], in their old order, on every rank."""
-    if not dist.is_initialized():
-        return mine
-    shares: list = [None] * world_size()
-    dist.all_gather_object(shares, mine)
-    return [shares[i % world_size()][i // world_size()] for i in range(total)]
+def gather_rows(mine: dict[int, Any], total: int) -> list:
+    """Puts together rows that were dealt out to the ranks, each under its index, in order, on every rank."""
+    shares: list = [mine]
+    if dist.is_initialized():
+        shares = [None] * world_size()
+        dist.all_gather_object(shares, mine)
+    found = {i: row for share in shares for i, row in share.items()}
+    return [found[i] for i in range(total)]
 
 
 def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str = "it") -> tqdm:
@@ -105,22 +114,30 @@ def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str =
                 mininterval=0.3 if sys.stderr.isatty() else 15)
 
 
-def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> None:
-    """Parses the command line, runs main(cfg) in a process group, and turns what goes wrong into one line and a status.
+PATIENCE = timedelta(minutes=10)  # of a rank that waits for another; rank 0 may have a large model to save meanwhile
+
+
+def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None:
+    """Parses the command line as a `kind` of config, runs main(cfg) in a process group, and turns what goes wrong into
+    one line and a status.
 
     Status 2: input that cannot be used, or a full disk.  130: Ctrl-C; finished stages stay for the next call.
     """
     script = Path(sys.argv[0]).name
     try:
-        cfg = parse(Config, args)
+        cfg = parse(kind, args)
         quieten_transformers()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
         if not cfg.compile:
             torch.compiler.set_stance("force_eager")
-        main(cfg)
+        with locked(Path(cfg.out)) if isinstance(cfg, Config) and rank() == 0 else contextlib.nullcontext():
+            main(cfg)
+        if dist.is_initialized():
+            gc.collect()  # sharded models are cycles that hold the group, whose threads must end before the process
+            dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
     except BadInput as problem:
         print(f"{script}: {name_rank()}{printable(problem)}", file=sys.stderr)
         sys.exit(2)
@@ -136,9 +153,24 @@ def launch(main: Callable, Config: type, args: Optional[list[str]] = None) -> No
         why = "No space left on device" if full else problem.strerror
         print(f"{script}: {name_rank()}{where}: {why}; what was there before is untouched", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the run's folder; the system lets go of it however the process ends.  Raises BadInput naming the holder."""
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            file.seek(0)
+            raise BadInput(f"{folder}: another run is at work there ({file.read().strip()})") from problem
+        file.truncate(0)
+        file.write(f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}, since "
+                   f"{time.strftime('%Y-%m-%d %H:%M')}")
+        file.flush()
+        yield
 
 
 def quieten_transformers() -> None:
@@ -207,6 +239,9 @@ class Config:
     micro_batch_tokens: int = knob(8192, "padded tokens that one forward may hold: the memory knob", toy=16384)
     dtype: str = knob("auto", "bf16 (weights stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = knob(True, "torch.compile the loss kernels")
+    sharding: str = knob("ddp", "ddp, or fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
+    save_every: int = knob(500, "steps between checkpoints, of which the last two are kept; 0 for none", toy=200)
+    resume: bool = knob(True, "go on from the last checkpoint, bit for bit; --no_resume starts the stage again")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
 
@@ -223,6 +258,8 @@ class Config:
         require(0 < self.top_p <= 1, f"--top_p is a probability above 0, not {self.top_p}")
         require(0 <= self.temperature < math.inf, f"--temperature must be 0 or above, not {self.temperature}")
         require(self.dtype in ("auto", "bf16", "fp32"), f"--dtype is auto, bf16 or fp32, not {self.dtype!r}")
+        require(self.sharding in ("ddp", "fsdp"), f"--sharding is ddp or fsdp, not {self.sharding!r}")
+        require(self.save_every >= 0, f"--save_every must be 0 or above, not {self.save_every}")
         require(self.sources in ("dataset", "generated", "dataset+generated"),
                 f"--sources is dataset, generated or dataset+generated, not {self.sources!r}")
         require(self.toy or self.model, "--preferences goes with --model: name the base policy's folder or Hub id")
@@ -334,22 +371,22 @@ def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside `path` to write into, and renames it to `path` when all is written."""
+def new_folder(path: Path, wanted: dict, resume: bool = True) -> Iterator[Path]:
+    """Yields a folder beside `path` to write into, and renames it to `path` when all is written.
+
+    Checkpoints that an earlier call with the same `wanted` settings left in it are kept, unless `resume` is false.
+    """
     work, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    barrier()
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()  # if it holds nothing else
-        raise
+        if not resume or read_record(work / "started.json") != json.loads(json.dumps(wanted)):
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+    write_text(work / "started.json", [json.dumps(wanted)])
+    yield work
     barrier()
     if rank() == 0:
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)
+        (work / "started.json").unlink()
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
@@ -379,13 +416,26 @@ def write_text(path: Path, lines: Iterable[str]) -> None:
     barrier()
 
 
+def append(path: Path, size: int, lines: Iterable[str]) -> int:
+    """Adds lines behind the first `size` bytes of a file, from rank 0 alone; returns the size then, there."""
+    if rank() > 0:
+        return size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(size)
+        file.writelines(line.encode() + b"\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell()
+
+
 def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
     """Writes a stage's record: settings, cost and what else belongs to it."""
     record = {"settings": wanted, "cost": asdict(cost), "torch": torch.__version__, "world_size": world_size(), **more}
     write_text(path, [json.dumps(record, indent=1)])
 
 
-_spent = {"flops": 0, "generated_tokens": 0}  # by this rank, since its start
+_spent = {"flops": 0.0, "generated_tokens": 0.0, "seconds": 0.0}  # by this rank; seconds: in runs that were resumed
 
 
 @dataclass
@@ -432,12 +482,13 @@ def measured() -> Iterator[Cost]:
         with contextlib.suppress(OSError):  # Linux alone can forget a process's peak; elsewhere it is the peak so far
             Path("/proc/self/clear_refs").write_text("5")
     yield cost
-    cost.seconds = time.perf_counter() - start
-    flops, tokens, cost.device_seconds = sum_over_ranks(*(_spent[k] - before[k] for k in _spent), cost.seconds)
-    cost.flops, cost.generated_tokens = flops, int(tokens)
+    cost.seconds = time.perf_counter() - start + _spent["seconds"] - before["seconds"]
+    cost.flops, tokens, cost.device_seconds = sum_over_ranks(
+        _spent["flops"] - before["flops"], _spent["generated_tokens"] - before["generated_tokens"], cost.seconds)
+    cost.generated_tokens = round(tokens)
     mine = (torch.cuda.max_memory_allocated() if device().type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    cost.peak_memory_bytes = int(max(gather_rows([mine], world_size())))
+    cost.peak_memory_bytes = int(max(gather_rows({rank(): mine}, world_size())))
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizer
@@ -447,7 +498,8 @@ def measured() -> Iterator[Cost]:
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after each digit was set apart, as SmolLM2 does: there white space ends at a digit as at the text's end.
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍\U0001f469‍\U0001f467\U0001f3fd \r\n"
+PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍\U0001f469‍\U0001f467"
+         "\U0001f3fd \r\n"
          "x  7  y   \n 3.14e-10 ½²³ <|endoftext|><|im_start|>user <s></s>[INST] don't WE'LL I'd   trailing   ",
          "    def f(x):\n        return x**2  # tabs\t\t!\n\n", "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___",
          " ", "\n", "é", "")
@@ -866,14 +918,14 @@ def count_steps(examples: int, cfg: Config) -> int:
     return cfg.steps or cfg.epochs * math.ceil(examples / cfg.batch_size)
 
 
-def step_indices(examples: int, cfg: Config) -> Iterator[list[int]]:
-    """The examples of each optimiser step, an epoch after the other in an order of its own."""
+def step_indices(examples: int, cfg: Config, first: int = 0) -> Iterator[tuple[int, list[int]]]:
+    """The examples of each optimiser step from the `first` on, an epoch after the other in an order of its own."""
     per_epoch = math.ceil(examples / cfg.batch_size)
-    for step in range(count_steps(examples, cfg)):
-        if step % per_epoch == 0:
+    for step in range(first, count_steps(examples, cfg)):
+        if step == first or step % per_epoch == 0:
             order = np.random.default_rng((cfg.seed, step // per_epoch)).permutation(examples)
         start = step % per_epoch * cfg.batch_size
-        yield order[start:start + cfg.batch_size].tolist()
+        yield step, order[start:start + cfg.batch_size].tolist()
 
 
 def cut_by_tokens(lengths: list[int], budget: int, enough: int = 2048) -> list[list[int]]:
@@ -899,13 +951,16 @@ def deal(lengths: list[int], budget: int) -> list[list[int]]:
     return cuts[rank()] + [[]] * (most - len(cuts[rank()]))
 
 
-def batches(examples: Examples | list[Example], cfg: Config) -> Iterator[Batch]:
-    """The optimiser steps of a run.  A rank without work gets an example whose response is masked: it must not stop."""
-    for indices in step_indices(len(examples), cfg):
+def batches(examples: Examples | list[Example], cfg: Config, first: int = 0) -> Iterator[tuple[int, Batch]]:
+    """The optimiser steps of a run, numbered, from the `first` on.
+
+    A rank without work gets an example whose response is masked: it must not stop.
+    """
+    for at, indices in step_indices(len(examples), cfg, first):
         step = examples.__getitems__(indices) if isinstance(examples, Examples) else [examples[i] for i in indices]
         hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
         weight = sum(e.weight * e.response_tokens for e in step)
-        yield Batch(micros=[collate([step[i] for i in hand] or [idle(step[0])]) for hand in hands],
+        yield at, Batch(micros=[collate([step[i] for i in hand] or [idle(step[0])]) for hand in hands],
                     tokens=sum(e.response_tokens for e in step),
                     normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
 
@@ -918,7 +973,10 @@ def idle(example: Example) -> Example:
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
     """The micro-batches of a step; gradients are reduced over ranks with the last one's backward only."""
     for i, micro in enumerate(micros):
-        policy.require_backward_grad_sync = i == len(micros) - 1  # DDP's switch, read in forward
+        last = i == len(micros) - 1
+        policy.require_backward_grad_sync = last  # DDP's switch, read in forward
+        if hasattr(policy, "set_requires_gradient_sync"):
+            policy.set_requires_gradient_sync(last)  # FSDP2's
         yield micro
 
 
@@ -934,11 +992,12 @@ def print_plan(examples: int, cfg: Config) -> None:
 # ------------------------------------------------------------------------------------------ models and optimiser
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model on this rank's device.  Raises BadInput if it is none, or its head is not served."""
+def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None) -> Any:
+    """A causal language model, on this rank's device unless told.  Raises BadInput if it is none, or its head is not
+    served."""
     from transformers import AutoModelForCausalLM
     with hub_errors(name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(device())
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(where or device())
     prove_head(name, model)
     return without_dropout(model).eval()
 
@@ -964,7 +1023,7 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model, self.dtype = model, compute_dtype(cfg)
         if cfg.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            recompute_activations(model)
 
     def forward(self, micro: MicroBatch, kernel: Callable, *rows: torch.Tensor) -> torch.Tensor:
         """The kernel's loss, summed over the rows of the response mask: a float32 scalar.  `rows` are (B, T)."""
@@ -978,14 +1037,23 @@ class Policy(torch.nn.Module):
 
 def load_policy(name: str, cfg: Config) -> Any:
     """The policy to train, with float32 weights, wrapped by DDP under torchrun."""
-    model = load_model(name)
+    model = read_once(functools.partial(load_model, name), cfg)
     check_lengths(name, model, cfg)
-    return distributed(Policy(model.train(), cfg))
+    return distributed(Policy(model.train(), cfg), cfg)
 
 
-def load_sampler(name: str, cfg: Config, dtype: Optional[torch.dtype] = None) -> tuple[Any, Any]:
-    """A policy to sample from, in `dtype` or the compute dtype, and its tokenizer, whose EOS ends a response."""
-    model, tokenizer = load_model(name, dtype or compute_dtype(cfg)), load_tokenizer(name)
+def recompute_activations(model: Any) -> None:
+    """Backward computes the blocks' activations again, so that forward need not keep them."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_sampler(name: str, cfg: Config, trained: bool = False) -> tuple[Any, Any]:
+    """A policy to sample from, in the compute dtype, and its tokenizer, whose EOS ends a response.
+
+    A policy that is to be `trained` too has float32 weights.
+    """
+    model = read_once(functools.partial(load_model, name), cfg) if trained else load_model(name, compute_dtype(cfg))
+    tokenizer = load_tokenizer(name)
     check_lengths(name, model, cfg)
     model.config.eos_token_id = tokenizer.eos_token_id
     return model, tokenizer
@@ -998,11 +1066,84 @@ def check_lengths(name: str, model: Any, cfg: Config) -> None:
             f"{name} reads at most {most} tokens: lower --max_prompt_tokens and --max_response_tokens to that in sum")
 
 
-def distributed(model: torch.nn.Module) -> torch.nn.Module:
-    """The model under DDP where there are several ranks."""
+def is_sharded(cfg: Config) -> bool:
+    """Whether training spreads its models over ranks."""
+    return cfg.sharding == "fsdp" and world_size() > 1
+
+
+def read_once(load: Callable, cfg: Config) -> Any:
+    """load(where=), on this rank's device; if it is to be sharded, on rank 0's CPU alone, and hollow on other ranks.
+
+    A hollow model's memory is never touched before sharding, so that a node holds the whole weights once.
+    """
+    if not is_sharded(cfg):
+        return load(where=device())
+    model = load(where=torch.device("cpu")) if rank() == 0 else None
+    shape = [(type(model), model.config)] if rank() == 0 else [None]
+    dist.broadcast_object_list(shape, device=device())
+    if rank() > 0:
+        model = without_dropout(hollow(*shape[0]).to_empty(device="cpu"))
+        model.tie_weights()
+    return model
+
+
+def hollow(kind: type, config: Any) -> Any:
+    """A model of this class and shape whose weights take no memory."""
+    with torch.device("meta"):
+        return kind(config)
+
+
+def distributed(model: torch.nn.Module, cfg: Config, *methods: str) -> torch.nn.Module:
+    """The model under DDP or FSDP2 where there are several ranks; `methods` compute with its weights beside forward."""
+    if is_sharded(cfg):
+        return sharded(model, compute_dtype(cfg), methods)
     if world_size() == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device()] if device().type == "cuda" else None)
+
+
+def sharded(model: torch.nn.Module, dtype: torch.dtype, methods: tuple) -> torch.nn.Module:
+    """The model under FSDP2, each transformer block by itself, with rank 0's weights.
+
+    Weights are kept, and gradients reduced, in float32; blocks are gathered in `dtype` for as long as they compute.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    weights = model.state_dict() if rank() == 0 else {}
+    precision = {"param_dtype": None if dtype == torch.float32 else dtype, "reduce_dtype": torch.float32}
+    mesh = init_device_mesh(device().type, (world_size(),))
+    blocks = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    for part in [part for part in model.modules() if type(part).__name__ in blocks]:
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision))
+    # the root holds embedding and head, which the fused loss reads; its inputs, rewards too, stay as they are
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in model.buffers():
+        dist.broadcast(buffer, 0)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+@torch.no_grad()
+def gathered(model: Any, dtype: torch.dtype, where: torch.device, keep: bool = True) -> Any:
+    """A sharded model, whole again on this rank (None unless `keep`); all ranks must call it together."""
+    from torch.distributed.tensor import DTensor
+    weights = {}
+    for name, weight in model.named_parameters():
+        weight = (weight.full_tensor() if isinstance(weight, DTensor) else weight).to(where, dtype)
+        if keep:
+            weights[name] = weight
+    if not keep:
+        return None
+    whole = hollow(type(model), model.config)
+    whole.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
+    whole.tie_weights()
+    for (name, buffer), old in zip(list(whole.named_buffers()), model.buffers()):
+        part, _, last = name.rpartition(".")
+        setattr(whole.get_submodule(part), last, old.to(where))
+    return without_dropout(whole).eval()
 
 
 def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any, Any]:
@@ -1015,8 +1156,25 @@ def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any
     return optimizer, get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * steps)), steps)
 
 
+def update(modules: Iterable[torch.nn.Module], optimizer: Any, schedule: Any, loss: torch.Tensor) -> torch.Tensor:
+    """Clips each module's gradient at norm 1, steps, and returns the first one's norm.
+
+    Where loss or gradient is not finite, on any rank, no rank's weights and moments move, and NaN is returned.
+    """
+    norms = [torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0) for module in modules]
+    norms = torch.stack([norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms])
+    bad = (~(norms.isfinite().all() & loss.isfinite())).float()
+    if dist.is_initialized():
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+    optimizer.found_inf = bad  # the fused step looks at it on the device, so that nothing waits
+    optimizer.step(), schedule.step(), optimizer.zero_grad()
+    return torch.where(bad > 0, math.nan, norms[0])
+
+
 def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str) -> None:
     """Writes model, tokenizer and model card as a Hugging Face folder, in the compute dtype."""
+    if is_sharded(cfg):
+        model = gathered(model, compute_dtype(cfg), torch.device("cpu"), keep=rank() == 0)
     if rank() == 0:
         model.config.eos_token_id = tokenizer.eos_token_id
         if getattr(model, "generation_config", None):
@@ -1060,7 +1218,7 @@ def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Cal
                       samples=samples.fingerprint, **more)
     if not is_fresh(algorithm, folder / "run.json", wanted):
         seed_everything(cfg.seed)
-        with new_folder(folder) as work:
+        with new_folder(folder, wanted, cfg.resume) as work:
             with measured() as cost:
                 more = train(cfg, base, samples, work)
             write_record(work / "run.json", wanted, cost, **(more or {}))
@@ -1083,9 +1241,10 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
            seeds: Optional[Sequence[int]] = None, what: str = "sampling") -> list[Response]:
     """One response for each prompt's token ids, in the prompts' order on every rank; ranks share the work.
 
-    A row's randomness comes from the seed and the row's own of `seeds` (its index), not from its batch or rank.  Log-probs are those of the
-    distribution at cfg.temperature, before top-p.  With `guidance` g, each token is drawn from the softmax of
-    (1 + g) log p(.|prompt) - g log p(.|unconditional), both in one forward (Sanchez et al. 2023, arXiv 2306.17806).
+    A row's randomness comes from the seed and the row's own of `seeds` (its index), not from its batch or rank.
+    Log-probs are those of the distribution at cfg.temperature, before top-p.  With `guidance` g, each token is drawn
+    from the softmax of (1 + g) log p(.|prompt) - g log p(.|unconditional), both in one forward (Sanchez et al. 2023,
+    arXiv 2306.17806).
     """
     share = list(range(rank(), len(prompts), world_size()))
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -1105,7 +1264,7 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
             bar.update(len(group))
     _spent["generated_tokens"] += tokens
-    return gather_rows([done[i] for i in range(len(share))], len(prompts))
+    return gather_rows({share[i]: response for i, response in done.items()}, len(prompts))
 
 
 @contextlib.contextmanager
@@ -1204,7 +1363,7 @@ def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.T
 
 
 def _make_room(layer: Any, like: Any, rows: int, width: int, more: int) -> None:
-    """Turns an empty cache layer into one of this width, with room for `more` positions, so that none copies the rest."""
+    """Turns an empty cache layer into one of this width, with room for `more` positions: none copies the rest."""
     layer.dtype, layer.device, layer.is_initialized = like.keys.dtype, like.keys.device, True
     room = [torch.zeros(rows, x.shape[1], width + more, x.shape[3], dtype=x.dtype, device=x.device)
             for x in (like.keys, like.values)]                                                          # (B, H, T, D)
@@ -1333,7 +1492,7 @@ def scratch(name: str, size: int, dtype: torch.dtype, where: torch.device) -> to
 
 def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch.Tensor,
               wide: torch.dtype) -> torch.Tensor:
-    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on in `wide`, as bf16 would lose the rest."""
+    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on in `wide`, as bf16 would lose it."""
     if logits.device.type == "cuda" and logits.dtype != wide:
         outer = torch.mm(logits.t(), hidden, out_dtype=wide)
         return outer if total is None else total.add_(outer)
@@ -1363,15 +1522,14 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, tempera
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
 def each_response_token(compute: Callable, examples: list[Example], cfg: Config) -> list[list[float]]:
     """What compute(micro-batch) -> (N,) says of each response token, in the examples' order; ranks share the work."""
-    share = examples[rank()::world_size()]
     found: dict[int, list[float]] = {}
-    for group in cut_by_tokens([len(e.ids) for e in share], 4 * cfg.micro_batch_tokens):
-        rows = iter(compute(collate([share[i] for i in group])).tolist())
-        found.update((i, [next(rows) for _ in range(share[i].response_tokens)]) for i in group)
-    return gather_rows([found[i] for i in range(len(share))], len(examples))
+    for hand in deal([len(e.ids) for e in examples], 4 * cfg.micro_batch_tokens):
+        rows = iter(compute(collate([examples[i] for i in hand] or [idle(examples[0])])).tolist())
+        found.update((i, [next(rows) for _ in range(examples[i].response_tokens)]) for i in hand)
+    return gather_rows(found, len(examples))
 
 
 def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list[list[float]]:
@@ -1441,7 +1599,6 @@ class SampleFile(Sequence):
         number, offsets, rewards = array("i"), array("q"), array("d")
         self.left_out, self.sources = 0, Counter()
         for n, name in enumerate(self.names):
-            self.files.append(unpacked(name))
             for place, row, offset in locate_rows(name):
                 sample = sample_of(place, row)
                 if wanted(sample):
@@ -1449,6 +1606,7 @@ class SampleFile(Sequence):
                     self.sources[sample.source] += 1
                 else:
                     self.left_out += 1
+            self.files.append(unpacked(name))
         require(len(offsets) + self.left_out > 0, f"{path}: no sample in it")
         self.number, self.offsets, self.rewards = (np.frombuffer(c, c.typecode) for c in (number, offsets, rewards))
 
@@ -1491,8 +1649,8 @@ def given_samples(cfg: Config, reward_model: str) -> Samples:
     hidden = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
     rows = SampleFile(cfg.samples, lambda sample: prompt_hash(sample.prompt) not in hidden)
     if rows.left_out:
-        print0(f"  {cfg.samples}: {rows.left_out:,} of {rows.left_out + len(rows):,} samples have held-out prompts; left "
-               "out")
+        print0(f"  {cfg.samples}: {rows.left_out:,} of {rows.left_out + len(rows):,} samples have held-out prompts; "
+               "left out")
     require(len(rows) > 0, f"{cfg.samples}: every prompt in it is held out")
     mean, std = reward_statistics(rows.rewards, cfg.samples)
     labelled_by = read_record(Path(cfg.samples).with_suffix(".json")).get("settings", {}).get("scorer")
@@ -1522,6 +1680,8 @@ def labelled_samples(cfg: Config, base: str, scorer: str, score: Callable, rewar
                      bytes=path.stat().st_size,
                      quantiles={f"q{q}": float(np.quantile(rewards, q / 100)) for q in (1, 5, 25, 50, 75, 95, 99)},
                      ledger={stage: asdict(cost) for stage, cost in ledger.items()})
+        if rank() == 0:
+            path.with_name(".samples.part.json").unlink()
     built, rows = read_record(record), SampleFile(str(path))
     kinds = ", ".join(f"{n:,} {source}" for source, n in sorted(rows.sources.items()))
     print0(f"  {len(rows):,} samples ({kinds}), reward {built['mean']:.3f} ± {built['std']:.3f}")
@@ -1536,20 +1696,18 @@ LABELLED_TOGETHER = 1024  # rows that a kill may cost
 def label(cfg: Config, base: str, score: Callable, path: Path, wanted: dict) -> dict[str, Cost]:
     """Writes the samples file, part by part, and returns what it cost; a run that was killed goes on where it was."""
     rows = rows_to_label(cfg)
-    beside, record = path.with_name(".samples.jsonl.new"), path.with_name(".samples.json.new")
-    so_far = read_record(record)
-    whole = so_far.get("settings") == json.loads(json.dumps(wanted)) and beside.exists() and \
-        beside.stat().st_size >= so_far["bytes"]
-    done, size = (so_far["rows"], so_far["bytes"]) if whole else (0, 0)
-    ledger = {stage: Cost(**so_far["ledger"][stage]) if whole else Cost() for stage in ("generation", "labelling")}
+    beside, record = path.with_name(".samples.part.jsonl"), path.with_name(".samples.part.json")
+    so_far, ledger, done, size = read_record(record), {"generation": Cost(), "labelling": Cost()}, 0, 0
+    if so_far.get("settings") == json.loads(json.dumps(wanted)):
+        place = path if so_far["rows"] == len(rows) and not beside.exists() else beside  # killed behind the rename below
+        if place.exists() and place.stat().st_size >= so_far["bytes"]:
+            done, size = so_far["rows"], so_far["bytes"]
+            ledger = {stage: Cost(**cost) for stage, cost in so_far["ledger"].items()}
     if done:
         print0(f"  {done:,} of {len(rows):,} are there from a run that was broken off")
     barrier()
     tokenizer, sampler = load_tokenizer(base), functools.cache(lambda: load_sampler(base, cfg)[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside if rank() == 0 else os.devnull, "r+b" if done else "wb") as file, \
-            progress(None, "samples", total=len(rows), unit="row") as bar:
-        file.seek(size), file.truncate(size) if rank() == 0 else None
+    with progress(None, "samples", total=len(rows), unit="row") as bar:
         bar.update(done)
         for start in range(done, len(rows), LABELLED_TOGETHER):
             part = rows[start:start + LABELLED_TOGETHER]
@@ -1559,16 +1717,13 @@ def label(cfg: Config, base: str, score: Callable, path: Path, wanted: dict) -> 
                 rewards = score([r["prompt"] for r in part], [r["response"] for r in part],
                                 [r["truncated"] for r in part])
             ledger = {"generation": ledger["generation"] + generation, "labelling": ledger["labelling"] + labelling}
-            file.writelines(json.dumps({**row, "reward": r}, ensure_ascii=False).encode() + b"\n"
-                            for row, r in zip(part, rewards))
-            file.flush()
-            os.fsync(file.fileno())
-            write_record(record, wanted, sum(ledger.values(), Cost()), rows=start + len(part), bytes=file.tell(),
+            size = append(beside, size, (json.dumps({**row, "reward": r}, ensure_ascii=False)
+                                         for row, r in zip(part, rewards)))
+            write_record(record, wanted, sum(ledger.values(), Cost()), rows=start + len(part), bytes=size,
                          ledger={stage: asdict(cost) for stage, cost in ledger.items()})
             bar.update(len(part))
-    if rank() == 0:
+    if rank() == 0 and beside.exists():
         beside.replace(path)
-        record.unlink()
     barrier()
     return ledger
 
@@ -1598,8 +1753,9 @@ def rows_to_label(cfg: Config) -> list[Unlabelled]:
 def respond(cfg: Config, tokenizer: Any, sampler: Callable, rows: list[Unlabelled]) -> list[dict]:
     """The rows with a response each, as long as the policy may write: people's words cut, the others sampled."""
     asked = [row for row in rows if row.response is None]
-    replies = iter(sample(sampler(), encode_prompts(tokenizer, [row.prompt for row in asked], cfg.max_prompt_tokens), cfg,
-                          cfg.seed, seeds=[row.seed for row in asked], what="generating") if asked else [])
+    ids = encode_prompts(tokenizer, [row.prompt for row in asked], cfg.max_prompt_tokens)
+    replies = iter(sample(sampler(), ids, cfg, cfg.seed, seeds=[row.seed for row in asked], what="generating")
+                   if asked else [])
     written = iter(bulk_encoder(tokenizer)([row.response for row in rows if row.response is not None]))
     done = []
     for row in rows:
@@ -1719,19 +1875,14 @@ def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
             "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
 
 
-def printable(text: Any) -> str:
-    """Text for the terminal: control characters, which could command it, are shown as their escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
-
-
 def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> None:
     """The first held-out prompts, and what each policy said to them."""
     for i, row in enumerate(next(iter(replies.values()))[:how_many]):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print0("\n" + printable(prompt.strip())[-600:])
+        print0("\n" + prompt.strip()[-600:])
         for name, rows in replies.items():
             z = "" if rows[i]["reward"] is None else f" [reward {rows[i]['reward']:+.2f}]"
-            print0(f"  {name:>44}{z}: {printable(rows[i]['response'].strip())[:400]}")
+            print0(f"  {name:>44}{z}: {rows[i]['response'].strip()[:400]}")
 
 
 def print_leaderboard(rows: list[dict], in_file: int) -> None:
@@ -1760,37 +1911,118 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
         print0(f"({in_file - len(rows)} rows of other data or settings are in leaderboard.jsonl and not shown)")
 
 
-# ------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------- metrics and checkpoints
+
+MOST_SKIPPED = 5  # steps in a row without a finite gradient, before a run gives up
 
 
 @contextlib.contextmanager
-def metrics(folder: Path, steps: int, cfg: Config) -> Iterator[Callable]:
-    """Yields log(**values): a line of metrics.jsonl and the bar's text for each step; does nothing off rank 0.
+def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, steps: int, cfg: Config,
+             state: Optional[dict] = None) -> Iterator[tuple[int, Callable]]:
+    """Yields (first step, log).  The first step is 0, or where the folder's last checkpoint was taken.
 
-    Values are averaged over ranks.  They are read a step late, so that the GPU is never waited for.  Each line also has
-    what was spent since the first step: seconds of the wall, FLOPs of all ranks.
+    log(step, **values) writes a line of metrics.jsonl and the bar's text, and takes a checkpoint where one is due, of
+    weights, optimiser, schedule and `state`, a JSON-able dict that it also restores.  Values are averaged over ranks,
+    and read a step late, so that the GPU is never waited for.  Each line also has what was spent since the first step:
+    seconds of the wall, FLOPs of all ranks.  Raises BadInput after too many steps without a finite gradient.
     """
+    state = {} if state is None else state
     writer = tensorboard_writer(folder) if cfg.tensorboard else None
-    before, start, pending = _spent["flops"], time.perf_counter(), []
+    before, start, pending, skipped = dict(_spent), time.perf_counter(), [], 0
+    first, written = restore(folder / "checkpoints", policy, optimizer, schedule, state)
     bar = progress(None, folder.name.strip(".").removesuffix(".new"), total=steps, unit="step")
-    with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "w") as file, bar:
+    bar.update(first)
+    with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "r+" if first else "w") as file, bar:
+        if first and rank() == 0:
+            file.truncate(written), file.seek(written)
+
+        def seconds() -> float:
+            return time.perf_counter() - start + _spent["seconds"] - before["seconds"]
+
         def flush() -> None:
-            step, values, seconds, spent = pending.pop()
+            nonlocal skipped
+            step, values, took, spent = pending.pop()
             *sums, flops = sum_over_ranks(*values.values(), spent)
-            numbers = dict(zip(values, (v / world_size() for v in sums)))
-            file.write(json.dumps({"step": step, **numbers, "seconds": round(seconds, 3), "flops": flops}) + "\n")
+            numbers = {k: v / world_size() if math.isfinite(v) else None for k, v in zip(values, sums)}
+            skipped = skipped + 1 if numbers["grad_norm"] is None else 0
+            if skipped:
+                print0(f"warning: step {step}: loss or gradient is not finite; the step is skipped")
+            line = {"step": step, **numbers, "seconds": round(took, 3), "flops": flops}
+            file.write(json.dumps(line) + "\n")
             for name, value in numbers.items() if writer else ():
-                writer.add_scalar(name, value, step)
+                writer.add_scalar(name, math.nan if value is None else value, step)
             bar.update(1)
-            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4]), refresh=False)
+            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4] if v is not None),
+                                refresh=False)
+            require(skipped < MOST_SKIPPED, f"{folder.parent}: {skipped} steps in a row, the last of them step {step}, "
+                    "without a finite loss and gradient; lower --lr; the last checkpoint is from before")
 
         def log(step: int, **values: Any) -> None:
             if pending:
                 flush()
-            pending.append((step, values, time.perf_counter() - start, _spent["flops"] - before))
-        yield log
+            pending.append((step, values, seconds(), _spent["flops"] - before["flops"]))
+            if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+                flush()
+                file.flush()
+                if not skipped:
+                    spent = {**{k: v - before[k] for k, v in _spent.items()}, "seconds": seconds()}
+                    checkpoint(folder / "checkpoints", policy, optimizer, schedule, state, step + 1, file.tell(), spent)
+        yield first, log
         if pending:
             flush()
+
+
+def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, state: dict, step: int,
+               written: int, spent: dict) -> None:
+    """Writes folder/step beside and renames; `state.json` in it tells all that is not a tensor.  The last two are kept.
+
+    Nothing else is needed to go on: data order and sampling follow from seed and step, and dropout is off.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    work = folder / ".new"
+    if rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    barrier()
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work, no_dist=not dist.is_initialized())
+    spent = dict(zip(spent, sum_over_ranks(*spent.values())))
+    if rank() == 0:
+        sizes = {path.name: path.stat().st_size for path in work.iterdir()}
+        record = {"step": step, "state": state, "schedule": schedule.state_dict(), "metrics_bytes": written,
+                  "spent": spent, "files": sizes}
+        (work / "state.json").write_text(json.dumps(record))
+        for path in work.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        work.rename(folder / f"{step:08}")
+        for old in sorted(folder.glob("[0-9]*"))[:-2]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def restore(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, state: dict) -> tuple[int, int]:
+    """Takes up the last whole checkpoint; returns its step and the bytes of metrics.jsonl, zeros if there is none."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    barrier()
+    for place in sorted(folder.glob("[0-9]*"), reverse=True):
+        record = read_record(place / "state.json")
+        if any(not (place / name).exists() or (place / name).stat().st_size != size
+               for name, size in record.get("files", {"": 0}).items()):
+            print0(f"  {place}: not whole; the one before is taken")
+            continue
+        weights, moments = get_state_dict(policy, optimizer)
+        dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=place, no_dist=not dist.is_initialized())
+        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        schedule.load_state_dict(record["schedule"])
+        state.update(record["state"])
+        for unit, value in record["spent"].items():
+            _spent[unit] += value / world_size()
+        print0(f"  goes on from step {record['step']}")
+        return record["step"], record["metrics_bytes"]
+    return 0, 0
 
 
 def tensorboard_writer(folder: Path) -> Any:
@@ -1908,7 +2140,7 @@ def toy_data(cfg: Config) -> Path:
             one, two = two, one  # Bradley-Terry: the labeller is noisy
         split = "test" if zlib.crc32(f"{animal} {kind}".encode()) % 5 == TOY_FOLD else "train"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
-    with new_folder(folder) as work:
+    with new_folder(folder, wanted) as work:
         for split, rows in lines.items():
             write_text(work / f"{split}.jsonl", rows)
         write_record(work / "run.json", wanted, Cost())
@@ -1922,7 +2154,7 @@ def base_policy(cfg: Config) -> str:
     folder, wanted = Path(cfg.out) / "base", settings(cfg, "data")
     if not is_fresh("base policy", folder / "run.json", wanted):
         pairs, _ = load_pairs(cfg)
-        with new_folder(folder) as work:
+        with new_folder(folder, wanted, cfg.resume) as work:
             with measured() as cost:
                 train_toy_base(cfg, pairs, work)
             write_record(work / "run.json", wanted, cost)
@@ -1946,19 +2178,18 @@ def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
     prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)
     responses = encode_responses(tokenizer, [r for p in pairs for r in (p.chosen, p.rejected)], cfg.max_response_tokens)
     examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
-    policy = distributed(Policy(model.to(device()), cfg))
+    cfg.sharding = "ddp"
+    policy = distributed(Policy(model.to(device()), cfg), cfg)
     optimizer, schedule = make_optimizer(policy, cfg, cfg.steps)
 
     def eager_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nll = negative_log_likelihood(logits, targets)
         logits.copy_(logits.softmax(-1)).scatter_add_(1, targets[:, None], -torch.ones_like(nll)[:, None])
         return nll
-    with metrics(folder, cfg.steps, cfg) as log:
-        for step, batch in enumerate(batches(examples, cfg)):
+    with training(folder, policy, optimizer, schedule, cfg.steps, cfg) as (first, log):
+        for step, batch in batches(examples, cfg, first):
             for micro in accumulate(policy, batch.micros):
                 loss = policy(micro, eager_nll_, micro.targets) / batch.normaliser
                 loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
-            log(step, loss=loss.detach())
+            log(step, loss=loss.detach(), grad_norm=update([policy], optimizer, schedule, loss))
     save_folder(folder, model, tokenizer, cfg, "# The toy world's base policy\n")

@@ -106,15 +106,14 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
 
-    with common.metrics(folder, steps, cfg) as log:
-        for step, batch in enumerate(common.batches(examples, cfg)):
+    with common.training(folder, policy, optimizer, schedule, steps, cfg) as (first, log):
+        for step, batch in common.batches(examples, cfg, first):
             loss, lr = 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(policy, batch.micros):
                 part = policy(micro, conditioned_nll_, micro.targets, micro.mask) / batch.normaliser
                 part.backward()
                 loss += part.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            grad_norm = common.update([policy], optimizer, schedule, loss)
             log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
     target = wish(cfg.target[-1], samples.z(samples.rewards))
     common.save_policy(folder, policy, tokenizer, cfg, ABOUT, tag=condition(target, cfg))

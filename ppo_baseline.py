@@ -51,6 +51,7 @@ class Config(common.Config):
     rollout_batch_size: int = knob(1024, "responses per iteration, all ranks together", toy=256, of="training")
     ppo_epochs: int = knob(4, "passes over an iteration's responses", of="training")
     critic_lr: float = knob(9e-6, "peak learning rate of the critic", toy=2e-3, of="training")
+    save_every: int = knob(10, "iterations between checkpoints, of which the last two are kept; 0 for none", toy=5)
     lr: float = knob(5e-7, "peak learning rate, falling to 0 in a line", toy=5e-4, of="training")
     epochs: int = knob(1, "responses to each training prompt, rounded up to whole iterations", of="training")
     steps: Optional[int] = knob(None, "iterations, in place of --epochs", toy=20, of="training")
@@ -119,7 +120,7 @@ class ActorCritic(common.Policy):
         super().__init__(model, cfg)
         self.critic, self.mean, self.std = critic, samples.mean, samples.std
         if cfg.gradient_checkpointing:
-            critic.model.gradient_checkpointing_enable()
+            common.recompute_activations(critic.model)
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
@@ -200,11 +201,13 @@ def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
 
 def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
     """The reward model's weights; a new head on the base policy where its tokens are not the policy's."""
-    rm, tokenizer = reward_model.load_scorer.__wrapped__(rm_folder, torch.float32)  # a copy: the one that scores stays
-    if common.load_tokenizer(base).get_vocab().items() <= tokenizer.get_vocab().items():
-        return reward_model.RewardModel(rm.model, common.compute_dtype(cfg))
-    print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
-    return reward_model.RewardModel(reward_model.new_classifier(base)[0], common.compute_dtype(cfg))
+    tokenizer = reward_model.padding_tokenizer(base)
+    load = functools.partial(reward_model.new_classifier, base, tokenizer)
+    if common.load_tokenizer(base).get_vocab().items() <= common.load_tokenizer(rm_folder).get_vocab().items():
+        load = functools.partial(reward_model.load_classifier, rm_folder, torch.float32)
+    else:
+        print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
+    return reward_model.RewardModel(common.read_once(load, cfg), common.compute_dtype(cfg))
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
@@ -226,8 +229,9 @@ def roll_out(actor: ActorCritic, tokenizer: Any, prompts: list, ids: list[list[i
              seed: int) -> Rollout:
     """One response to each prompt, sampled from the policy as it is now; from all of it: top-p is for evaluation."""
     actor.eval()
+    sampler = common.gathered(actor.model, actor.dtype, common.device()) if common.is_sharded(cfg) else actor.model
     with common.autocast(actor.dtype):
-        responses = common.sample(actor.model, ids, replace(cfg, top_p=1.0), seed, what="rollout")
+        responses = common.sample(sampler, ids, replace(cfg, top_p=1.0), seed, what="rollout")
     return Rollout(prompts, [common.decode(tokenizer, r) for r in responses], [r.truncated for r in responses],
                    [Example(p + r.ids, len(p)) for p, r in zip(ids, responses)], [r.log_probs for r in responses])
 
@@ -236,43 +240,43 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
            cfg: Config) -> dict:
     """A few passes over an iteration's examples, each in an order of its own; returns means over all their tokens."""
     actor.train()
-    statistics, loss, value_loss, tokens = torch.zeros(3, device=common.device()), 0.0, 0.0, 0
+    statistics, loss, value_loss, grad_norm, tokens = torch.zeros(3, device=common.device()), 0.0, 0.0, 0.0, 0
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
                                entropy_coef=cfg.entropy_coef, statistics=statistics)
-    for batch in common.batches(examples, cfg):
-        lr = schedule.get_last_lr()[0]
+    for step, batch in common.batches(examples, cfg):
+        total, lr = 0.0, schedule.get_last_lr()[0]
         for micro in common.accumulate(policy, batch.micros):
             surrogate, value_error = policy(micro, kernel, cfg.value_clip)
-            ((surrogate + cfg.value_coef * value_error) / batch.normaliser).backward()
+            part = (surrogate + cfg.value_coef * value_error) / batch.normaliser
+            part.backward()
+            total += part.detach()
             loss, value_loss = loss + surrogate.detach(), value_loss + value_error.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
-        torch.nn.utils.clip_grad_norm_(actor.critic.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        grad_norm += common.update([actor.model, actor.critic], optimizer, schedule, total)
         tokens += batch.tokens
     share = common.world_size() / tokens  # the log averages over ranks
     approx_kl, clip_fraction, entropy = statistics * share
     return {"loss": loss * share, "value_loss": value_loss * share, "approx_kl": approx_kl,
-            "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm,
-            "lr": lr}
+            "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm / (step + 1), "lr": lr}
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callable, rm_folder: str) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
-    model, tokenizer = common.load_sampler(base, cfg, torch.float32)
+    model, tokenizer = common.load_sampler(base, cfg, trained=True)
     reference = common.load_model(base, common.compute_dtype(cfg))
     actor = ActorCritic(model, new_critic(base, rm_folder, cfg), samples, cfg)
-    policy = common.distributed(actor)
+    policy = common.distributed(actor, cfg, "values")
     prompts = common.split_prompts(cfg, held_out=False)
     ids = common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
-    order, kl_coef = endless(len(prompts), cfg.seed), cfg.kl_coef
+    beta = {"now": cfg.kl_coef}
     print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} responses, each learnt "
            f"from in {cfg.ppo_epochs} passes by {cfg.batch_size}, over {common.world_size()} rank(s); "
            f"{str(actor.dtype).removeprefix('torch.')} on {common.device()}")
 
-    with common.metrics(folder, iterations, cfg) as log:
-        for iteration in range(iterations):
+    with common.training(folder, policy, optimizer, schedule, iterations, cfg, beta) as (first, log):
+        order = itertools.islice(endless(len(prompts), cfg.seed), first * cfg.rollout_batch_size, None)
+        for iteration in range(first, iterations):
             start, seed = time.perf_counter(), (iteration + 2) * 1_000_003 + cfg.seed
             asked = list(itertools.islice(order, cfg.rollout_batch_size))
             rollout = roll_out(actor, tokenizer, [prompts[i] for i in asked], [ids[i] for i in asked], cfg, seed)
@@ -283,14 +287,14 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
 
             base_log_probs = common.response_log_probs(reference, rollout.examples, cfg)
             values = common.each_response_token(actor.values, rollout.examples, cfg)
-            examples, found = prepare(rollout, base_log_probs, values, z, kl_coef, cfg)
+            examples, found = prepare(rollout, base_log_probs, values, z, beta["now"], cfg)
 
             learnt = update(policy, actor, optimizer, schedule, examples,
                             replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed))
             said = describe(rollout, cfg)
+            kl_coef, beta["now"] = beta["now"], adapted(beta["now"], found["kl"], cfg)
             log(iteration, **found, **said, **learnt, kl_coef=kl_coef,
                 rollout_tokens_per_second=said["tokens"] / seconds)
-            kl_coef = adapted(kl_coef, found["kl"], cfg)
     common.save_policy(folder, policy, tokenizer, cfg, f"PPO, KL coefficient {cfg.kl_coef:g}.")
 
 

@@ -68,7 +68,7 @@ class RewardModel(torch.nn.Module):
         with common.autocast(self.dtype):
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
         hidden = hidden.flatten(0, 1)[rows]                                                         # (N, D)
-        return torch.nn.functional.linear(hidden.float(), self.model.score.weight.float()).squeeze(-1)
+        return hidden.float() @ self.model.score.weight.float()[0]
 
 
 class EncodedPair(NamedTuple):
@@ -100,31 +100,33 @@ def ids_and_last(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.to(common.device()), last.to(common.device())
 
 
-def batches(pairs: list[Pair], tokenizer: Any, cfg: Config) -> Iterator[list[PairBatch]]:
-    """This rank's micro-batches of each optimiser step; the loss is the mean over the step's pairs on all ranks."""
-    for indices in common.step_indices(len(pairs), cfg):
+def batches(pairs: list[Pair], tokenizer: Any, cfg: Config, first: int = 0) -> Iterator[tuple[int, list[PairBatch]]]:
+    """This rank's micro-batches of each step from the `first` on.  A step's loss is the mean over its pairs, all ranks
+    together."""
+    for at, indices in common.step_indices(len(pairs), cfg, first):
         step = prepare([pairs[i] for i in indices], tokenizer, cfg)
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
-        yield [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
-                         weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()),
-                         tokens=sum(len(side) for i in hand for side in step[i]))
-               for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
+        yield at, [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
+                             weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()),
+                             tokens=sum(len(side) for i in hand for side in step[i]))
+                   for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
 
 
 def train(cfg: Config, base: str, folder: Path) -> None:
     """Trains the reward model, from the base policy's weights, into the folder."""
     common.seed_everything(cfg.seed)
     pairs, _ = common.load_pairs(cfg)
-    model, tokenizer = new_classifier(base)
+    tokenizer = padding_tokenizer(base)
+    model = common.read_once(functools.partial(new_classifier, base, tokenizer), cfg)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)))
+        common.recompute_activations(model)
+    reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)), cfg)
     steps = common.count_steps(len(pairs), cfg)
     optimizer, schedule = common.make_optimizer(reward_model, cfg, steps)
     common.print_plan(len(pairs), cfg)
 
-    with common.metrics(folder, steps, cfg) as log:
-        for step, micros in enumerate(batches(pairs, tokenizer, cfg)):
+    with common.training(folder, reward_model, optimizer, schedule, steps, cfg) as (first, log):
+        for step, micros in batches(pairs, tokenizer, cfg, first):
             loss, accuracy, lr = 0.0, 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(reward_model, micros):
                 scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)
@@ -133,8 +135,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
                 scores.backward(gradient * micro.weight[:, None])
                 loss += losses @ micro.weight
                 accuracy += (scores[:, 0] > scores[:, 1]).float() @ micro.weight
-            grad_norm = torch.nn.utils.clip_grad_norm_(reward_model.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            grad_norm = common.update([reward_model], optimizer, schedule, loss)
             log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=lr,
                 tokens=sum(micro.tokens for micro in micros) * common.world_size())
     common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
@@ -153,35 +154,45 @@ score = model(**inputs).logits[:, 0]
 """
 
 
-def new_classifier(base: str) -> tuple[Any, Any]:
-    """The base policy's body under a new head, and its tokenizer with a padding token of its own.
+def padding_tokenizer(base: str) -> Any:
+    """The base policy's tokenizer with a padding token of its own.
 
     transformers reads a classifier at the last token that is not padding: were padding EOS, it would miss the EOS.
     """
-    from transformers import AutoModelForSequenceClassification
     tokenizer = common.load_tokenizer(base)
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    return tokenizer
+
+
+def new_classifier(base: str, tokenizer: Any, where: torch.device) -> Any:
+    """The base policy's body under a new head, with room for the tokenizer's padding token."""
+    from transformers import AutoModelForSequenceClassification
     with common.hub_errors(base, "a causal language model"):
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32,
                                                                    use_safetensors=True)
     common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    return common.without_dropout(model).to(common.device()), tokenizer
+    return common.without_dropout(model).to(where)
 
 
-@functools.lru_cache(maxsize=2)
-def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
-    """A reward model's folder, ready to score, and its tokenizer."""
+def load_classifier(folder: str, dtype: torch.dtype, where: torch.device) -> Any:
+    """A reward model's folder.  Raises BadInput if it is none."""
     from transformers import AutoModelForSequenceClassification
     with common.hub_errors(folder, "a reward model (sequence classification, num_labels=1)"):
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs a sequence classifier with num_labels=1 and a `score` head")
-    return RewardModel(common.without_dropout(model).to(common.device()).eval(), dtype), common.load_tokenizer(folder)
+    return common.without_dropout(model).to(where).eval()
+
+
+@functools.lru_cache(maxsize=2)
+def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
+    """A reward model, ready to score, and its tokenizer."""
+    return RewardModel(load_classifier(folder, dtype, common.device()), dtype), common.load_tokenizer(folder)
 
 
 @torch.inference_mode()
@@ -190,11 +201,12 @@ def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], 
     model, tokenizer = load_scorer(folder, common.compute_dtype(cfg))
     rows = [p + r for p, r in zip(common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens),
                                   common.encode_responses(tokenizer, responses, cfg.max_response_tokens, truncated))]
-    share = rows[common.rank()::common.world_size()]
+    share = range(common.rank(), len(rows), common.world_size())
     found: dict[int, float] = {}
-    for group in common.progress(common.cut_by_tokens([len(r) for r in share], 4 * cfg.micro_batch_tokens), "scoring"):
-        found.update(zip(group, model(*ids_and_last([share[i] for i in group])).tolist()))
-    return common.gather_rows([found[i] for i in range(len(share))], len(rows))
+    groups = common.cut_by_tokens([len(rows[i]) for i in share], 4 * cfg.micro_batch_tokens)
+    for group in common.progress(groups, "scoring"):
+        found.update(zip((share[i] for i in group), model(*ids_and_last([rows[share[i]] for i in group])).tolist()))
+    return common.gather_rows(found, len(rows))
 
 
 def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
@@ -233,7 +245,7 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
     if not common.is_fresh("reward model", folder / "run.json", wanted):
         own = own or common.other_config(Config, cfg, common.read_record(folder / "run.json").get("settings", {}))
         wanted.update(common.settings(own, "training"))
-        with common.new_folder(folder) as work:
+        with common.new_folder(folder, wanted, own.resume) as work:
             with common.measured() as cost:
                 train(own, base, work)
             load_scorer.cache_clear()

@@ -84,15 +84,14 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
     common.print_plan(len(examples), cfg)
     kernel = functools.partial(weighted_nll_, top=examples.reward.max(), beta=cfg.beta, w_max=cfg.w_max)
 
-    with common.metrics(folder, steps, cfg) as log:
-        for step, batch in enumerate(common.batches(examples, cfg)):
+    with common.training(folder, policy, optimizer, schedule, steps, cfg) as (first, log):
+        for step, batch in common.batches(examples, cfg, first):
             loss, lr = 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(policy, batch.micros):
                 part = policy(micro, kernel, micro.targets, micro.mask, micro.reward) / batch.normaliser
                 part.backward()
                 loss += part.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
+            grad_norm = common.update([policy], optimizer, schedule, loss)
             log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
     common.save_policy(folder, policy, tokenizer, cfg,
                        f"Reward-weighted regression, beta {cfg.beta:g}, w_max {cfg.w_max:g}.")

@@ -2,14 +2,19 @@
 
     python -m pytest test_all.py
 """
+import functools
 import gzip
 import json
 import math
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,7 +87,8 @@ def tokenizer(run):
 def samples_of(rewards, prompts=None):
     rows = [Sample(prompts[i] if prompts else f"Human: {i}", f" reply {i}", float(r), "given", False) for i,
             r in enumerate(rewards)]
-    return Samples(rows, np.array(rewards, dtype=np.float64), float(np.mean(rewards)), float(np.std(rewards)), "x", "rm", "rm", {})
+    rewards = np.array(rewards, dtype=np.float64)
+    return Samples(rows, rewards, float(rewards.mean()), float(rewards.std()), "x", "rm", "rm", {})
 
 
 # ------------------------------------------------------------------------------------------- fused kernels and driver
@@ -252,7 +258,7 @@ def gradient_of(micro_batch_tokens, monkeypatch, ranks=1):
     for rank in range(ranks):
         monkeypatch.setattr(common, "rank", lambda: rank)
         monkeypatch.setattr(common, "world_size", lambda: ranks)
-        batch, = common.batches(rows, cfg)
+        (_, batch), = common.batches(rows, cfg)
         model.zero_grad()
         for micro in batch.micros:
             (common.Policy(model, cfg)(micro, fused_weighted, micro.targets, micro.mask,
@@ -275,11 +281,11 @@ def test_loss_does_not_depend_on_padding():
 
 
 def test_order_of_the_data_comes_from_the_seed_alone():
-    steps = list(common.step_indices(20, config(batch_size=8, epochs=2)))
+    steps = [indices for _, indices in common.step_indices(20, config(batch_size=8, epochs=2))]
     assert [len(s) for s in steps] == [8, 8, 4] * 2
     assert sorted(sum(steps[:3], [])) == list(range(20)) and steps[:3] != steps[3:]
-    assert steps == list(common.step_indices(20, config(batch_size=8, epochs=2)))
-    assert steps != list(common.step_indices(20, config(batch_size=8, epochs=2, seed=1)))
+    assert list(enumerate(steps))[4:] == list(common.step_indices(20, config(batch_size=8, epochs=2), first=4))
+    assert steps != [indices for _, indices in common.step_indices(20, config(batch_size=8, epochs=2, seed=1))]
 
 
 def test_micro_batches_keep_to_the_token_budget():
@@ -628,13 +634,14 @@ def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
         return (tmp_path / name / "samples.jsonl").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         label("killed")
-    with open(tmp_path / "killed" / ".samples.jsonl.new", "a") as file:
+    with open(tmp_path / "killed" / ".samples.part.jsonl", "a") as file:
         file.write('{"prompt": "half a li')
     assert not (tmp_path / "killed" / "samples.jsonl").exists()
     done, die_at[0] = len(calls) - 1, None
     calls.clear()
     resumed = label("killed")
-    assert calls[0] == 4 and len(calls) == math.ceil(resumed.count(b"\n") / 4) - done, "finished parts are not made again"
+    parts = math.ceil(resumed.count(b"\n") / 4)
+    assert calls[0] == 4 and len(calls) == parts - done, "finished parts are not made again"
     assert resumed == label("whole") and not list((tmp_path / "killed").glob(".samples*"))
 
 
@@ -754,9 +761,9 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_failed_stage_leaves_the_old_folder_and_a_killed_swap_is_put_back(tmp_path):
-    with common.new_folder(tmp_path / "dt") as work:
+    with common.new_folder(tmp_path / "dt", {"lr": 1}) as work:
         (work / "run.json").write_text('{"settings": {"lr": 1}}')
-    with pytest.raises(KeyboardInterrupt), common.new_folder(tmp_path / "dt") as work:
+    with pytest.raises(KeyboardInterrupt), common.new_folder(tmp_path / "dt", {"lr": 2}) as work:
         (work / "half").write_text("")
         raise KeyboardInterrupt
     assert common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 1}) and not (tmp_path / "dt" / "half").exists()
@@ -927,7 +934,7 @@ def test_ppo_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, m
         for rank in range(ranks):
             monkeypatch.setattr(common, "rank", lambda: rank)
             monkeypatch.setattr(common, "world_size", lambda: ranks)
-            batch, = common.batches(rows, cfg)
+            (_, batch), = common.batches(rows, cfg)
             actor.zero_grad()
             for micro in batch.micros:
                 surrogate, value_loss = actor(micro, lambda *a: ppo_baseline.clipped_surrogate_(
@@ -1076,7 +1083,9 @@ def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run,
 
 @pytest.mark.parametrize("name, folder, flags", [
     ("rwr.py", "rwr", ["--batch_size", "8", "--lr", "1e-3"]),
-    ("ppo_baseline.py", "ppo", ["--batch_size", "4", "--rollout_batch_size", "8", "--lr", "1e-4"])])
+    ("ppo_baseline.py", "ppo", ["--batch_size", "4", "--rollout_batch_size", "8", "--lr", "1e-4"]),
+    ("ppo_baseline.py", "ppo", ["--batch_size", "4", "--rollout_batch_size", "8", "--lr", "1e-4", "--sharding",
+                                "fsdp"])])
 def test_two_ranks_train_to_the_same_curve_as_one(run, tmp_path, name, folder, flags):
     """Same order of the data, same draws, same steps, same normalisation: only float error lies between the two."""
     curves = []
@@ -1096,6 +1105,287 @@ def test_two_ranks_train_to_the_same_curve_as_one(run, tmp_path, name, folder, f
     np.testing.assert_allclose(curves[0][0], curves[1][0], rtol=1e-4, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------- scale and trust
+
+
+def torchrun(ranks, *args, status=0, env=None):
+    """Runs a script under torchrun; returns the process."""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                           *map(str, args)], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})})
+    assert (done.returncode == 0) == (status == 0), done.stdout + done.stderr
+    return done
+
+
+UNEVEN = [*examples(6), Example([5, 6, 7], 3, 0.5)]  # the last has no response token
+CASES = [(name, sharding, tokens, rows) for name in ("mle_filter", "rwr", "dt", "ppo_baseline", "reward_model")
+         for sharding in ("ddp", "fsdp", "fsdp, recomputed") for tokens, rows in ((10**6, 7), (20, 7), (10**6, 3))]
+
+
+def step_gradient(folder, name, sharding, tokens, rows):
+    """The gradient of one optimiser step of an algorithm, over all ranks, in float32, whole on every rank."""
+    cfg = config({"ppo_baseline": ppo_baseline}.get(name, common), micro_batch_tokens=tokens, batch_size=rows, steps=1,
+                 sharding=sharding.split(",")[0], gradient_checkpointing="recomputed" in sharding, compile=False)
+    model, rewards = folder / "policy", folder / "rewards"
+    if name == "reward_model":
+        load = functools.partial(reward_model.load_classifier, str(rewards), torch.float32)
+        module = common.distributed(reward_model.RewardModel(common.read_once(load, cfg), torch.float32), cfg)
+        pairs = [reward_model.EncodedPair(e.ids, e.ids[:3] + [4] * i) for i, e in enumerate(UNEVEN[-rows:])]
+        with mock.patch.object(reward_model, "prepare", lambda pairs, *_: pairs):
+            (_, micros), = reward_model.batches(pairs, None, cfg)
+        for micro in common.accumulate(module, micros):
+            scores = module(micro.input_ids, micro.last).view(-1, 2)
+            gradient = scores.detach().clone()
+            reward_model.bradley_terry_(gradient, 0.0, 0.01)
+            scores.backward(gradient * micro.weight[:, None])
+    elif name == "ppo_baseline":
+        policy = common.read_once(functools.partial(common.load_model, str(model)), cfg)
+        load = functools.partial(reward_model.load_classifier, str(rewards), torch.float32)
+        critic = reward_model.RewardModel(common.read_once(load, cfg), torch.float32)
+        module = common.distributed(ppo_baseline.ActorCritic(policy, critic, samples_of([0, 1]), cfg), cfg, "values")
+        rollout, base, _, z = rollout_of(range(2, 2 + rows))
+        values = common.each_response_token(module.module.values if hasattr(module, "module") else module.values,
+                                            rollout.examples, cfg)
+        trained, _ = ppo_baseline.prepare(rollout, base, values, z, 0.1, cfg)
+        kernel = functools.partial(ppo_baseline.clipped_surrogate_, temperature=1.0, clip=0.2, entropy_coef=0.01,
+                                   statistics=torch.zeros(3))
+        (_, batch), = common.batches(trained, cfg)
+        for micro in common.accumulate(module, batch.micros):
+            surrogate, value_loss = module(micro, kernel, cfg.value_clip)
+            ((surrogate + 0.1 * value_loss) / batch.normaliser).backward()
+    else:
+        module, (kernel, _, extra) = common.load_policy(str(model), cfg), KERNELS[name]
+        trained = [e._replace(weight=1.0 + i * bool(extra)) for i, e in enumerate(UNEVEN[-rows:])]
+        (_, batch), = common.batches(trained, cfg)
+        for micro in common.accumulate(module, batch.micros):
+            (module(micro, kernel, micro.targets, micro.mask, *[micro.reward][:extra]) / batch.normaliser).backward()
+    grads = [p.grad for p in module.parameters()]
+    return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads])
+
+
+def measure_gradients(folder):
+    """What each rank of test_gradient_is_the_same_under_real_ranks does."""
+    def main(cfg):
+        torch.compiler.set_stance("force_eager")
+        found = {str(case): step_gradient(Path(folder), *case) for case in CASES}
+        if common.rank() == 0:
+            torch.save(found, Path(folder) / f"{common.world_size()}.pt")
+    common.launch(main, common.Config, ["--out", folder])
+
+
+@pytest.fixture(scope="session")
+def single_gradients(tmp_path_factory):
+    """A policy and a reward model on disk, and the gradients that one process finds: (folder, gradients)."""
+    from transformers import LlamaForSequenceClassification
+    folder = tmp_path_factory.mktemp("gradients")
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(folder / "policy")
+    torch.manual_seed(1)
+    model.config.num_labels, model.config.pad_token_id = 1, 0
+    LlamaForSequenceClassification(model.config).save_pretrained(folder / "rewards")
+    return folder, {str(case): step_gradient(folder, *case) for case in CASES}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gradient_is_the_same_under_real_ranks(single_gradients, ranks):
+    """Of every algorithm, DDP or FSDP2, whatever the micro-batches, also with fewer sequences than ranks."""
+    folder, alone = single_gradients
+    torchrun(ranks, __file__, "measure_gradients", folder)
+    together = torch.load(folder / f"{ranks}.pt", weights_only=True)
+    for case, gradient in alone.items():
+        assert gradient.norm() > 0
+        assert (together[case] - gradient).norm() < 1e-5 * gradient.norm(), case
+
+
+def road(run, out, *more):
+    """A short training's command line, all before it finished."""
+    return ["--model", run[0] / "base", "--reward_model", run[0] / "rm", "--samples", run[0] / "samples.jsonl",
+            "--out", out, "--no_compile", "--dtype", "fp32", "--max_prompt_tokens", "64", "--max_response_tokens", "32",
+            "--batch_size", "8", "--lr", "1e-3", "--eval_prompts", "4", *more]
+
+
+def result(folder):
+    """A finished training, but for the clock: the bytes of the weights, the lines of metrics.jsonl."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clocks = ("seconds", "rollout_tokens_per_second")
+    return (folder / "model.safetensors").read_bytes(), [{k: v for k, v in x.items() if k not in clocks} for x in lines]
+
+
+def finish(command):
+    """Runs a command to its end."""
+    done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def killed_and_resumed(command, out, name, kills, rng, longest):
+    """Starts the command again and again, killing it -9 at a random moment of training, then lets it end."""
+    killed, work = 0, out / f".{name}.new"
+    while killed < kills:
+        process = subprocess.Popen([str(a) for a in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        before = time.time()
+        while process.poll() is None and not ((work / "metrics.jsonl").exists()
+                                              and (work / "metrics.jsonl").stat().st_mtime > before):
+            time.sleep(0.01)
+        time.sleep(rng.random() * longest)
+        if process.poll() is not None:
+            break
+        ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(rng.choice(ranks or [process.pid])), signal.SIGKILL)
+        process.communicate(timeout=60)
+        killed += 1
+    if not (out / name).exists():
+        finish(command)
+    return killed
+
+
+@pytest.mark.parametrize("name, ranks, steps, every, kills", [
+    ("rwr", 1, 600, 5, 6), ("ppo", 1, 12, 1, 2), ("dt", 2, 150, 5, 2)])
+def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(
+        run, tmp_path, name, ranks, steps, every, kills):
+    script = HERE / {"ppo": "ppo_baseline.py"}.get(name, f"{name}.py")
+    more = {"ppo": ["--rollout_batch_size", "16"], "dt": ["--sharding", "fsdp"]}.get(name, [])
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    whole, broken = ([sys.executable, *launcher, script,
+                      *road(run, tmp_path / out, "--steps", steps, "--save_every", every, *more)]
+                     for out in ("whole", "broken"))
+    finish(whole)
+    assert killed_and_resumed(broken, tmp_path / "broken", name, kills, random.Random(ranks), 1.0) == kills
+    weights, lines = result(tmp_path / "whole" / name)
+    again, resumed = result(tmp_path / "broken" / name)
+    assert [line["step"] for line in resumed] == list(range(steps))
+    assert resumed == lines and again == weights
+    assert not list((tmp_path / "broken" / name).glob("*checkpoint*"))
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, capsys):
+    model = tiny_model(dtype=torch.float32)
+    optimizer, schedule = common.make_optimizer(model, config(lr=0.1), 10)
+    kept = []
+    for step in (1, 2, 3):
+        model(torch.arange(5)[None]).logits.square().mean().backward()
+        common.update([model], optimizer, schedule, torch.zeros(()))
+        common.checkpoint(tmp_path, model, optimizer, schedule, {"beta": step}, step, 10 * step, {"flops": 1.0})
+        kept.append([p.detach().clone() for p in model.parameters()])
+    assert sorted(p.name for p in tmp_path.glob("*")) == ["00000002", "00000003"], "the last two are kept"
+    largest = max((tmp_path / "00000003").glob("*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    state = {}
+    assert common.restore(tmp_path, model, optimizer, schedule, state) == (2, 20) and state == {"beta": 2}
+    assert "not whole" in capsys.readouterr().out
+    for now, then in zip(model.parameters(), kept[1]):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_several_end_the_run(tmp_path):
+    model, cfg = tiny_model(dtype=torch.float32), config(lr=0.1, save_every=0)
+    optimizer, schedule = common.make_optimizer(model, cfg, 20)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(BadInput, match="5 steps in a row"), \
+            common.training(tmp_path, model, optimizer, schedule, 20, cfg) as (first, log):
+        for step in range(20):
+            loss = model(torch.arange(5)[None]).logits.square().mean()
+            (loss * (math.nan if step % 2 else 1)).backward()
+            norm = common.update([model], optimizer, schedule, loss * (1 if step % 2 else math.inf))
+            log(step, loss=loss, grad_norm=norm)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(line["grad_norm"] is None for line in lines)
+
+
+def test_labelling_gives_the_same_rows_in_the_same_order_whatever_the_world_size(run, tmp_path):
+    """Three prompts for four ranks too: one has nothing to do."""
+    prompts = write(tmp_path / "p.jsonl", *({"prompt": f"\n\nHuman: What do {a} eat?\n\nAssistant:"}
+                                            for a in list(common.ANIMALS)[:5]))
+    found = []
+    for ranks in (1, 4):
+        out = tmp_path / str(ranks)
+        flags = ["--model", run[0] / "base", "--reward_model", run[0] / "rm", "--prompts", prompts, "--out", out,
+                 "--sources", "generated", "--samples_per_prompt", "2", "--no_compile", "--dtype", "fp32",
+                 "--held_out", "0.5", "--max_prompt_tokens", "64", "--max_response_tokens", "16", "--eval_prompts",
+                 "1", "--steps", "2"]
+        torchrun(ranks, HERE / "mle_filter.py", *flags)
+        found.append(list(common.SampleFile(str(out / "samples.jsonl"))))
+    assert [s[:2] for s in found[0]] == [s[:2] for s in found[1]] and len(found[0]) % 2 == 0
+    np.testing.assert_allclose([s.reward for s in found[0]], [s.reward for s in found[1]], atol=1e-4)
+
+
+def fail_on_one_rank(folder):
+    """What each rank of the next test does."""
+    def main(cfg):
+        if common.rank() == 1:
+            raise BadInput("this rank has had enough")
+        common.barrier()
+    common.launch(main, common.Config, ["--out", folder])
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(tmp_path):
+    start = time.time()
+    done = torchrun(2, __file__, "fail_on_one_rank", tmp_path, status=1)
+    assert "rank 1: this rank has had enough" in done.stderr and time.time() - start < 60
+
+
+def test_two_runs_into_one_folder_are_refused_by_name(run, tmp_path):
+    with common.locked(tmp_path):
+        done = script("rwr.py", *road(run, tmp_path), status=2)
+    assert "another run is at work there" in done.stderr and f"process {os.getpid()}" in done.stderr
+
+
+def test_a_local_model_needs_no_network(run, tmp_path):
+    forbid = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError(f"a network call: {args}")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
+import rwr
+rwr.common.launch(rwr.main, rwr.Config)
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    done = subprocess.run([sys.executable, "-c", forbid, *map(str, road(run, tmp_path, "--steps", "1"))], cwd=HERE,
+                          capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0 and "rwr beta" in done.stdout, done.stderr
+
+
+def malformed(rng):
+    """The bytes of a data file with something wrong, and a name for it."""
+    rows = [{"prompt": "Human: hi", "response": "yes", "reward": 1.0, "chosen": "\n\nHuman: a\n\nAssistant: b",
+             "rejected": "\n\nHuman: a\n\nAssistant: c"} for _ in range(rng.randrange(1, 6))]
+    strange = rng.choice([None, True, 3, -1.5, [], {}, [[]], "", " ", "\x00", "\ud800", "\x1b[2J", "é" * 50, 10**400,
+                          float("nan"), float("inf"), [{"role": "user"}], [{"role": 1, "content": "x"}],
+                          [{"role": "user", "content": "x"}], {"a": {"b": []}}])
+    row = rng.choice(rows)
+    row[rng.choice(list(row))] = strange
+    if rng.random() < 0.2:
+        del row[rng.choice(list(row))]
+    data = "\n".join(json.dumps(r) for r in rows).encode() + b"\n"
+    place = rng.randrange(len(data))
+    return rng.choice([
+        lambda: data, lambda: data[:place], lambda: data * 2, lambda: b"", lambda: b"\n\n\n",
+        lambda: data[:place] + bytes(rng.randrange(256) for _ in range(3)) + data[place:],
+        lambda: data.replace(b"\n", b"\r\n"), lambda: b"\xef\xbb\xbf" + data, lambda: data.replace(b'"', b"'"),
+        lambda: data + b"[" * 100_000 + b"\n", lambda: data + b'{"a":' * 100_000 + b"\n",
+        lambda: data + b'{"prompt": "' + b"x" * 2_000_000, lambda: data + b"\x00" * 100, lambda: data + b"NaN\n",
+        lambda: data.replace(b'"prompt"', b'"chosen": "x", "prompt"'), lambda: data.decode().encode("utf-16"),
+        lambda: data + b"7\n", lambda: gzip.compress(data)[:place], lambda: gzip.compress(data)[:-4],
+        lambda: gzip.compress(data)])()
+
+
+def test_five_hundred_malformed_files_give_rows_or_one_sentence(tmp_path):
+    rng, refused = random.Random(0), 0
+    for number in range(500):
+        path = tmp_path / f"{number}.jsonl{'.gz' * (rng.random() < 0.3)}"
+        path.write_bytes(malformed(rng))
+        for read in (lambda: list(common.SampleFile(str(path))), lambda: common.read_pairs(str(path), 0.5, 0, None),
+                     lambda: common.read_prompts(str(path), lambda prompt: True)):
+            try:
+                read()
+            except BadInput as problem:
+                refused += 1
+                said = common.printable(problem)
+                assert path.name in said and "\n" not in said.strip() and len(said) < 1000, said
+    assert 300 < refused < 1500
+
+
 def test_toy_rewards_follow_the_stated_rules():
     prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
     assert common.gold_reward(prompt, " Good question! They eat meat. They live in rivers. They are small. I hope this helps!") == 5
@@ -1104,3 +1394,7 @@ def test_toy_rewards_follow_the_stated_rules():
                         (" They eat me", -0.25), (" They eat meat. They eat meat.", 2)):
         assert common.gold_reward(prompt, reply) == gold, reply
     assert common.gold_reward(prompt, " They eat meat.", truncated=True) == 1
+
+
+if __name__ == "__main__":  # a rank of a test above
+    globals()[sys.argv[1]](sys.argv[2])

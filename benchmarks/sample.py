@@ -3,18 +3,23 @@
     python benchmarks/sample.py --model SMOLLM2 --prompts PAIRS.jsonl.gz
 
 A useful token is one up to and including a row's EOS.  Both sample at temperature 1 with the whole vocabulary, from the
-same prompts; generate gets them in one left-padded batch, as its users write it.
+same prompts; generate gets them in one left-padded batch, as its users write it.  Then one PPO iteration on the same
+prompts, whose rollout is this sampler's, phase by phase, with a critic and a reward model of the policy's size.
 """
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Any, Callable
 
 import numpy as np
 import torch
 
-from measure import in_turn, machine, markdown, ratio, record
+from measure import in_turn, machine, markdown, ratio, record, synchronize
 
 import common
+import ppo_baseline
+import reward_model
 from common import knob
 
 
@@ -24,6 +29,7 @@ class Config:
     model: str = knob(None, "folder or Hub id of a causal language model")
     prompts: str = knob(None, ".jsonl(.gz) with transcripts under `chosen`, or with `prompt`")
     count: int = knob(64, "prompts")
+    ppo_count: int = knob(16, "prompts of the PPO iteration")
     new_tokens: int = knob(64, "at most so many for each")
     max_prompt_tokens: int = knob(384, "longer prompts are cut on the left")
     dtypes: list[str] = knob(["fp32", "bf16"], "of fp32, bf16")
@@ -52,6 +58,46 @@ def ours(model, prompts: list[list[int]], cfg: Config, run: common.Config) -> in
     return sum(len(r.ids) for r in common.sample(model, prompts, run, seed=0))
 
 
+def ppo_phases(cfg: Config, dtype: str) -> dict:
+    """Median seconds of each phase of a PPO iteration, the first, which compiles, left out."""
+    run = ppo_baseline.Config(model=cfg.model, preferences="none", max_response_tokens=cfg.new_tokens, dtype=dtype,
+                              max_prompt_tokens=cfg.max_prompt_tokens, rollout_batch_size=cfg.ppo_count,
+                              ppo_epochs=1, batch_size=cfg.ppo_count)
+    model, tokenizer = common.load_sampler(cfg.model, run, trained=True)
+    reference = common.load_model(cfg.model, common.compute_dtype(run))
+    scorer, critic = (reward_model.RewardModel(reward_model.new_classifier(cfg.model, tokenizer, common.device()),
+                                               common.compute_dtype(run)) for _ in range(2))
+    samples = common.Samples([], np.zeros(0), 0.0, 1.0, "", None, "", {})
+    actor = ppo_baseline.ActorCritic(model, critic, samples, run)
+    optimizer, schedule = ppo_baseline.make_optimizer(actor, run, cfg.repeats + 2)
+    prompts = common.read_prompts(cfg.prompts, lambda prompt: True)[:cfg.ppo_count]
+    ids = common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
+    took: dict[str, list[float]] = {}
+
+    def timed(phase: str, call: Callable, *args: Any) -> Any:
+        synchronize()
+        start = time.perf_counter()
+        result = call(*args)
+        synchronize()
+        took.setdefault(phase, []).append(time.perf_counter() - start)
+        return result
+
+    @torch.inference_mode()
+    def score(examples: list[common.Example]) -> np.ndarray:
+        groups = common.cut_by_tokens([len(e.ids) for e in examples], 4 * run.micro_batch_tokens)
+        return np.concatenate([scorer(*reward_model.ids_and_last([examples[i].ids for i in group])).cpu().numpy()
+                               for group in groups])
+    for iteration in range(cfg.repeats + 1):
+        rollout = timed("rollout", ppo_baseline.roll_out, actor, tokenizer, prompts, ids, run, iteration)
+        z = timed("score", score, rollout.examples)
+        base = timed("reference", common.response_log_probs, reference, rollout.examples, run)
+        values = timed("values", common.each_response_token, actor.values, rollout.examples, run)
+        examples, _ = timed("advantages", ppo_baseline.prepare, rollout, base, values, z, 0.05, run)
+        timed("update, one pass", ppo_baseline.update, actor, actor, optimizer, schedule, examples, run)
+    return {"dtype": dtype, "threads": torch.get_num_threads(),
+            **{f"{phase} s": f"{np.median(each[1:]):.2f}" for phase, each in took.items()}}
+
+
 def main(cfg: Config) -> None:
     """Times both for each dtype."""
     print(machine())
@@ -60,7 +106,8 @@ def main(cfg: Config) -> None:
         run = common.Config(model=cfg.model, preferences="none", max_response_tokens=cfg.new_tokens, dtype=dtype,
                             max_prompt_tokens=cfg.max_prompt_tokens)
         model, tokenizer = common.load_sampler(cfg.model, run)
-        prompts = common.encode_prompts(tokenizer, common.read_prompts(cfg.prompts)[:cfg.count], cfg.max_prompt_tokens)
+        texts = common.read_prompts(cfg.prompts, lambda prompt: True)[:cfg.count]
+        prompts = common.encode_prompts(tokenizer, texts, cfg.max_prompt_tokens)
         tokens: dict[str, list[int]] = {"generate": [], "ours": []}
         calls = {"generate": lambda: tokens["generate"].append(generate(model, tokenizer, prompts, cfg)),
                  "ours": lambda: tokens["ours"].append(ours(model, prompts, cfg, run))}
@@ -72,8 +119,9 @@ def main(cfg: Config) -> None:
                      **{f"{name} tokens/s": f"{np.median(each):.0f}" for name, each in rate.items()},
                      "ours / generate": ratio(pace, "generate", "ours"), "first call s": f"{first['ours']:.1f}"})
         print(rows[-1], flush=True)
-    print("\n" + markdown(rows))
-    record("sample", rows, cfg.out)
+    phases = [ppo_phases(cfg, dtype) for dtype in cfg.dtypes]
+    print("\n" + markdown(rows) + "\n\n" + markdown(phases))
+    record("sample", rows + phases, cfg.out)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ def ours(examples: list[Example], run: common.Config) -> Callable[[], float]:
     def epoch() -> float:
         synchronize()
         start = time.perf_counter()
-        for batch in common.batches(examples, run):
+        for _, batch in common.batches(examples, run):
             for micro in common.accumulate(policy, batch.micros):
-                (policy(micro, mle_filter.masked_nll_, micro.targets, micro.mask) / batch.normaliser).backward()
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step(), schedule.step(), optimizer.zero_grad()
+                loss = policy(micro, mle_filter.masked_nll_, micro.targets, micro.mask) / batch.normaliser
+                loss.backward()
+            common.update([policy], optimizer, schedule, loss)
         synchronize()
         return time.perf_counter() - start
     return epoch
