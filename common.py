@@ -108,6 +108,14 @@ def gather_rows(mine: dict[int, Any], total: int) -> list:
     return [found[i] for i in range(total)]
 
 
+def from_rank0(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, device=device())
+    return box[0]
+
+
 def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str = "it") -> tqdm:
     """A tqdm bar on rank 0 for what takes a second or more; where stderr is no terminal, a line every 15 s at most."""
     return tqdm(rows, desc=what, total=total, unit=unit, disable=rank() != 0, leave=False, dynamic_ncols=True, delay=1,
@@ -170,7 +178,11 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}, since "
                    f"{time.strftime('%Y-%m-%d %H:%M')}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
+                shutil.rmtree(folder)
 
 
 def quieten_transformers() -> None:
@@ -230,6 +242,8 @@ class Config:
     samples_per_prompt: int = knob(1, "generated responses a prompt", toy=9, of="samples")
     temperature: float = knob(1.0, "of all sampling; 0 is greedy", of="samples")
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
+    judge: Optional[str] = knob(None, "folder of another reward model, which training never asks: its verdict is `gold`",
+                                of="evaluation")
     eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer",
                              toy=512, of="evaluation")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", of="training")
@@ -327,7 +341,7 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 def settings(cfg: Config, *kinds: str, **more: Any) -> dict:
     """The flags of these kinds, and more, as a stage's record holds them; files stand as their fingerprints."""
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["help"].of in kinds}
-    for name in ("model", "preferences", "prompts", "samples", "reward_model"):
+    for name in ("model", "preferences", "prompts", "samples", "reward_model", "judge"):
         if flags.get(name):
             flags[name] = f"{flags[name]} {file_fingerprint(flags[name])}".strip()
     return {**flags, **more}
@@ -356,7 +370,8 @@ def read_record(path: Path) -> dict:
 
 def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
     """Whether the stage was built with the wanted settings; says which it is, and what changed."""
-    put_back(record.parent)
+    if record.name == "run.json":
+        tidy(record.parent)
     built = read_record(record).get("settings")
     changed = [k for k in wanted if built and built.get(k) != json.loads(json.dumps(wanted[k]))]
     place = record.parent if record.name == "run.json" else record.with_suffix(".jsonl")
@@ -382,25 +397,37 @@ def new_folder(path: Path, wanted: dict, resume: bool = True) -> Iterator[Path]:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
     write_text(work / "started.json", [json.dumps(wanted)])
-    yield work
+    try:
+        yield work
+    except BaseException:
+        if rank() == 0 and not any(checkpoints_in(work)):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     barrier()
     if rank() == 0:
-        shutil.rmtree(work / "checkpoints", ignore_errors=True)
-        (work / "started.json").unlink()
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         work.rename(path)
+    tidy(path)
+
+
+def tidy(path: Path) -> None:
+    """Ends the replacement of a folder, wherever a kill may have broken it off."""
+    old = path.with_name(f".{path.name}.old")
+    if rank() == 0 and old.exists() and not path.exists():
+        old.rename(path)
+    if rank() == 0 and (path / "started.json").exists():
+        shutil.rmtree(path / "checkpoints", ignore_errors=True)
+        (path / "started.json").unlink()
+    if rank() == 0 and path.exists():
         shutil.rmtree(old, ignore_errors=True)
     barrier()
 
 
-def put_back(path: Path) -> None:
-    """Restores a folder whose replacement was killed between its two renames."""
-    old = path.with_name(f".{path.name}.old")
-    if rank() == 0 and old.exists() and not path.exists():
-        old.rename(path)
-    barrier()
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A stage's checkpoints, the last first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
@@ -710,19 +737,36 @@ def check_messages(place: str, name: str, messages: Any) -> None:
             f'{place}: the field {name!r} must be text or a list of {{"role", "content"}} messages')
 
 
+def named(row: dict, *names: str) -> str:
+    """The first of these names that the row has, the first of all if none: other tools call fields otherwise."""
+    return next((name for name in names if name in row), names[0])
+
+
 def prompt_of(place: str, row: dict) -> Any:
-    """A row's prompt, checked: text that is not blank, or chat messages."""
-    prompt = field_of(place, row, "prompt", (str, list), "text or chat messages")
+    """A row's prompt, checked: text that is not blank, or chat messages; under `input` as OpenRLHF has it."""
+    name = named(row, "prompt", "input")
+    prompt = field_of(place, row, name, (str, list), "text or chat messages")
     if isinstance(prompt, list):
-        check_messages(place, "prompt", prompt)
-    require(not isinstance(prompt, str) or bool(prompt.strip()), f"{place}: the field 'prompt' is empty")
+        check_messages(place, name, prompt)
+    require(not isinstance(prompt, str) or bool(prompt.strip()), f"{place}: the field {name!r} is empty")
     return prompt
+
+
+def response_of(place: str, row: dict) -> str:
+    """A row's response; under `completion`, text or one message, as TRL has it, or under `output` as OpenRLHF."""
+    name = named(row, "response", "completion", "output")
+    response = field_of(place, row, name, (str, list) if name == "completion" else (str,))
+    if isinstance(response, str):
+        return response
+    check_messages(place, name, response)
+    require(len(response) == 1, f"{place}: the field {name!r} must be one message, found {len(response)}")
+    return response[0]["content"]
 
 
 def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
     """One side of a preference row as (prompt, response); without a `prompt` field it must be a whole conversation."""
     value = field_of(place, row, name, (str, list), "text or chat messages")
-    prompt = prompt_of(place, row) if "prompt" in row else None
+    prompt = prompt_of(place, row) if "prompt" in row or "input" in row else None
     if isinstance(value, str) and prompt is not None:
         return prompt, value
     if isinstance(value, str):
@@ -1079,10 +1123,9 @@ def read_once(load: Callable, cfg: Config) -> Any:
     if not is_sharded(cfg):
         return load(where=device())
     model = load(where=torch.device("cpu")) if rank() == 0 else None
-    shape = [(type(model), model.config)] if rank() == 0 else [None]
-    dist.broadcast_object_list(shape, device=device())
+    shape = from_rank0((type(model), model.config) if rank() == 0 else None)
     if rank() > 0:
-        model = without_dropout(hollow(*shape[0]).to_empty(device="cpu"))
+        model = without_dropout(hollow(*shape).to_empty(device="cpu"))
         model.tie_weights()
     return model
 
@@ -1206,21 +1249,20 @@ print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=1
 """
 
 
-def trained(cfg: Config, algorithm: str, base: str, samples: Samples, train: Callable, *kinds: str,
-            **more: Any) -> tuple[str, Cost]:
+def trained(cfg: Config, algorithm: str, road: Road, train: Callable, *kinds: str, **more: Any) -> tuple[str, Cost]:
     """The algorithm's folder and cost: from before, or trained now by train(cfg, base, samples, folder).
 
     What the result hangs on, beside training flags, base policy and samples: other `kinds` of flags, and `more`.
     """
     folder = Path(cfg.out) / algorithm
     wanted = settings(cfg, "training", *kinds, seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
-                      max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(base),
-                      samples=samples.fingerprint, **more)
+                      max_response_tokens=cfg.max_response_tokens, base=policy_fingerprint(road.base),
+                      samples=road.samples.fingerprint, **more)
     if not is_fresh(algorithm, folder / "run.json", wanted):
         seed_everything(cfg.seed)
         with new_folder(folder, wanted, cfg.resume) as work:
             with measured() as cost:
-                more = train(cfg, base, samples, work)
+                more = train(cfg, road.base, road.samples, work)
             write_record(work / "run.json", wanted, cost, **(more or {}))
     return str(folder), Cost(**read_record(folder / "run.json")["cost"])
 
@@ -1588,6 +1630,15 @@ class Samples:
         return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
 
 
+class Road(NamedTuple):
+    """All that lies before an algorithm; score(prompts, responses, truncated) gives raw scores."""
+    base: str
+    samples: Samples
+    score: Optional[Callable]    # of the run's reward model, None without one
+    reward_model: Optional[str]  # its folder
+    judge: Optional[Callable]    # another's score, for evaluation alone
+
+
 class SampleFile(Sequence):
     """The rows of samples files, left where they lie: 20 bytes of memory a row.
 
@@ -1633,7 +1684,7 @@ def sample_of(place: str, row: dict) -> Sample:
     """A row as a sample.  Raises BadInput without prompt, response or a finite reward."""
     reward = field_of(place, row, "reward", (int, float), "a number")
     require(abs(reward) < 1e300, f"{place}: the field 'reward' must be finite, found {reward}")
-    return Sample(prompt_of(place, row), field_of(place, row, "response"), float(reward),
+    return Sample(prompt_of(place, row), response_of(place, row), float(reward),
                   str(row.get("source", "given")), bool(row.get("truncated", False)))
 
 
@@ -1792,13 +1843,13 @@ def policy_fingerprint(folder: str) -> str:
     return fingerprint(built) if built else f"{folder} {file_fingerprint(folder)}".strip()
 
 
-def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], base: str, samples: Samples,
-             score: Optional[Callable], cost: Cost, needs: Iterable[str] = ("reward_model", "generation", "labelling"),
-             ) -> None:
+def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], road: Road, cost: Cost,
+             needs: Iterable[str] = ("reward_model", "generation", "labelling")) -> None:
     """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a conversation with each.
 
     `cost` is the training's own; `needs` names the stages of samples.ledger that the algorithm could not do without.
     """
+    base, samples = road.base, road.samples
     needed = {stage: samples.ledger[stage] for stage in needs if stage in samples.ledger}
     built = read_record(Path(base) / "run.json").get("cost")
     ledgers = {"base": {"base": Cost(**built)} if built else {}}
@@ -1823,11 +1874,11 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
             replies[file.stem] = [r for _, r in read_rows(str(file))]
         else:
             with measured() as evaluation:
-                replies[file.stem] = ask(cfg, where, base, prompts, variant, samples, score)
+                replies[file.stem] = ask(cfg, where, prompts, variant, road)
             write_text(file, (json.dumps(r, ensure_ascii=False) for r in replies[file.stem]))
             row = leaderboard_row(replies[file.stem], next(iter(replies.values()))) | {
                 "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(),
-                "asked": variant.asked, **{f"{prefix}_{unit}": getattr(spent, unit)
+                "asked": variant.asked, "judge": cfg.judge, **{f"{prefix}_{unit}": getattr(spent, unit)
                                            for prefix, spent in zip(("train", "total"), totals[name])
                                            for unit in ("seconds", "device_seconds", "flops", "generated_tokens")},
                 "peak_memory_bytes": totals[name][0].peak_memory_bytes,
@@ -1844,23 +1895,25 @@ def row_key(row: dict) -> tuple:
     return row["algorithm"], row["variant"], row["seed"]
 
 
-def ask(cfg: Config, folder: str, base: str, prompts: list, variant: Variant, samples: Samples,
-        score: Optional[Callable]) -> list[dict]:
-    """One response a prompt, with its reward z, gold, and KL to base: the difference of the sample's log-probs."""
-    model, tokenizer = load_sampler(folder, cfg)
+def ask(cfg: Config, folder: str, prompts: list, variant: Variant, road: Road) -> list[dict]:
+    """One response a prompt, with its reward z, gold (the toy world's truth, or the judge's raw score), and KL to base,
+    the difference of the sample's log-probs."""
+    model, tokenizer = load_sampler(folder, cfg)[0], load_tokenizer(road.base)  # a policy's chat template may differ
     plain = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
     asked = [p + bulk_encoder(tokenizer)([variant.suffix])[0] for p in plain]
     responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance,
                        what="evaluating")
-    if folder != base:
-        model = load_model(base, compute_dtype(cfg))
+    if folder != road.base:
+        model = load_model(road.base, compute_dtype(cfg))
     reference = response_log_probs(model, [Example(p + r.ids, len(p)) for p, r in zip(plain, responses)], cfg)
     texts, cut = [decode(tokenizer, r) for r in responses], [r.truncated for r in responses]
-    reward = samples.z(score(prompts, texts, cut)).tolist() if score else [None] * len(texts)
-    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z,
-             "kl": sum(r.log_probs) - sum(ref),
-             "gold": gold_reward(p, t, c) if cfg.toy else None}
-            for p, t, c, r, z, ref in zip(prompts, texts, cut, responses, reward, reference)]
+    unknown = [None] * len(texts)
+    reward = road.samples.z(road.score(prompts, texts, cut)).tolist() if road.score else unknown
+    gold = (road.judge(prompts, texts, cut) if road.judge else
+            list(map(gold_reward, prompts, texts, cut)) if cfg.toy else unknown)
+    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z, "gold": g,
+             "kl": sum(r.log_probs) - sum(ref)}
+            for p, t, c, r, z, g, ref in zip(prompts, texts, cut, responses, reward, gold, reference)]
 
 
 def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
@@ -1895,7 +1948,7 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
         for unit in ("seconds", "flops"):
             whole = ppo.get(r["seed"], {}).get(f"total_{unit}")
             r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
-    columns = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
+    columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
                "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
                "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
                "s/PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
@@ -1927,9 +1980,9 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
     seconds of the wall, FLOPs of all ranks.  Raises BadInput after too many steps without a finite gradient.
     """
     state = {} if state is None else state
-    writer = tensorboard_writer(folder) if cfg.tensorboard else None
     before, start, pending, skipped = dict(_spent), time.perf_counter(), [], 0
-    first, written = restore(folder / "checkpoints", policy, optimizer, schedule, state)
+    first, written = restore(folder, policy, optimizer, schedule, state)
+    writer = tensorboard_writer(folder, first) if cfg.tensorboard else None
     bar = progress(None, folder.name.strip(".").removesuffix(".new"), total=steps, unit="step")
     bar.update(first)
     with open(folder / "metrics.jsonl" if rank() == 0 else os.devnull, "r+" if first else "w") as file, bar:
@@ -1966,21 +2019,23 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
                 file.flush()
                 if not skipped:
                     spent = {**{k: v - before[k] for k, v in _spent.items()}, "seconds": seconds()}
-                    checkpoint(folder / "checkpoints", policy, optimizer, schedule, state, step + 1, file.tell(), spent)
+                    checkpoint(folder, policy, optimizer, schedule, state, step + 1, file.tell(), spent)
         yield first, log
         if pending:
             flush()
+    if writer:
+        writer.close()
 
 
 def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, state: dict, step: int,
                written: int, spent: dict) -> None:
-    """Writes folder/step beside and renames; `state.json` in it tells all that is not a tensor.  The last two are kept.
+    """Writes folder/checkpoints/step beside and renames; its state.json tells all that is no tensor.  Two are kept.
 
     Nothing else is needed to go on: data order and sampling follow from seed and step, and dropout is off.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
-    work = folder / ".new"
+    work = folder / "checkpoints" / ".new"
     if rank() == 0:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -1996,8 +2051,9 @@ def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: 
         for path in work.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        work.rename(folder / f"{step:08}")
-        for old in sorted(folder.glob("[0-9]*"))[:-2]:
+        shutil.rmtree(work.with_name(f"{step:08}"), ignore_errors=True)  # one that was not whole
+        work.rename(work.with_name(f"{step:08}"))
+        for old in checkpoints_in(folder)[2:]:
             shutil.rmtree(old)
     barrier()
 
@@ -2006,34 +2062,40 @@ def restore(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any
     """Takes up the last whole checkpoint; returns its step and the bytes of metrics.jsonl, zeros if there is none."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-    barrier()
-    for place in sorted(folder.glob("[0-9]*"), reverse=True):
+    place, record = from_rank0(last_whole(checkpoints_in(folder)))
+    if not place:
+        return 0, 0
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=place, no_dist=not dist.is_initialized())
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    schedule.load_state_dict(record["schedule"])
+    state.update(record["state"])
+    for unit, value in record["spent"].items():
+        _spent[unit] += value / world_size()
+    print0(f"  goes on from step {record['step']}")
+    return record["step"], record["metrics_bytes"]
+
+
+def last_whole(checkpoints: list[Path]) -> tuple[Optional[Path], dict]:
+    """The first of these checkpoints whose files are all there, as long as they were, and its state.json."""
+    for place in checkpoints:
         record = read_record(place / "state.json")
-        if any(not (place / name).exists() or (place / name).stat().st_size != size
-               for name, size in record.get("files", {"": 0}).items()):
-            print0(f"  {place}: not whole; the one before is taken")
-            continue
-        weights, moments = get_state_dict(policy, optimizer)
-        dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=place, no_dist=not dist.is_initialized())
-        set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        schedule.load_state_dict(record["schedule"])
-        state.update(record["state"])
-        for unit, value in record["spent"].items():
-            _spent[unit] += value / world_size()
-        print0(f"  goes on from step {record['step']}")
-        return record["step"], record["metrics_bytes"]
-    return 0, 0
+        sizes = {path.name: path.stat().st_size for path in place.iterdir()}
+        if record and all(sizes.get(name) == size for name, size in record["files"].items()):
+            return place, record
+        print0(f"  {place}: not whole; the one before is taken")
+    return None, {}
 
 
-def tensorboard_writer(folder: Path) -> Any:
-    """A TensorBoard writer.  Raises BadInput where tensorboard is not installed."""
+def tensorboard_writer(folder: Path, first: int) -> Any:
+    """A TensorBoard writer, from a step on.  Raises BadInput where tensorboard is not installed."""
     if rank() != 0:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as problem:
         raise BadInput("--tensorboard needs the tensorboard package: pip install tensorboard") from problem
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first)
 
 
 # ------------------------------------------------------------------------------------------------- the toy world

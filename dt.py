@@ -80,6 +80,15 @@ def condition(z: float, cfg: Config) -> str:
     return f" <rm_score>: {reward} "
 
 
+def asking_template(template: str, target: float, cfg: Config) -> str:
+    """The chat template with condition() behind the prompt: apply_chat_template(..., reward=2.0), or else the target."""
+    steps = f"((reward | default({target:.6f})) / {cfg.reward_step}) | round | int"
+    shown = ("[[steps + 4, 0] | max, 9] | min" if cfg.reward_format == "digit" else
+             f"'%.2f' | format(steps * {cfg.reward_step} + 0.0)")
+    return (f"{template}{{% if add_generation_prompt %}}{{% set steps = {steps} %}}"
+            f"{{{{ ' <rm_score>: ' ~ ({shown}) ~ ' ' }}}}{{% endif %}}")
+
+
 def wish(target: str, z: np.ndarray) -> float:
     """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z.  Raises BadInput otherwise."""
     try:
@@ -116,6 +125,8 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
             grad_norm = common.update([policy], optimizer, schedule, loss)
             log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
     target = wish(cfg.target[-1], samples.z(samples.rewards))
+    if tokenizer.chat_template:
+        tokenizer.chat_template = asking_template(tokenizer.chat_template, target, cfg)
     common.save_policy(folder, policy, tokenizer, cfg, ABOUT, tag=condition(target, cfg))
     return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step,
                           "format": cfg.reward_format,
@@ -124,19 +135,20 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
 
 ABOUT = """Reward-conditioned SFT (Decision Transformer). The reward that is asked for stands behind the prompt, in
 standard deviations from the mean of the samples, rounded; white space counts. `condition` in run.json holds the
-template, its step and format, the rewards' mean and standard deviation, and the default target."""
+template, its step and format, the rewards' mean and standard deviation, and the default target. A chat template here
+writes the condition itself: `apply_chat_template(messages, add_generation_prompt=True, reward=2.0)`."""
 
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row for each target to the leaderboard."""
-    base, samples, score, _ = reward_model.labelled_samples(cfg)
-    folder, cost = common.trained(cfg, "dt", base, samples, train)
-    z = samples.z(samples.rewards)
+    road = reward_model.labelled_samples(cfg)
+    folder, cost = common.trained(cfg, "dt", road, train)
+    z = road.samples.z(road.samples.rewards)
     variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]
     if cfg.guidance:
         variants.append(variants[-1]._replace(name=f"{variants[-1].name}, guidance {cfg.guidance:g}",
                                               guidance=cfg.guidance))
-    common.evaluate(cfg, "dt", folder, variants, base, samples, score, cost)
+    common.evaluate(cfg, "dt", folder, variants, road, cost)
 
 
 if __name__ == "__main__":

@@ -97,11 +97,11 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    base, samples, score, _ = reward_model.labelled_samples(cfg)
+    road = reward_model.labelled_samples(cfg)
     name = "sft" if cfg.keep == 1 else "mle_filter"
-    folder, cost = common.trained(cfg, name, base, samples, train)
+    folder, cost = common.trained(cfg, name, road, train)
     variants = [common.Variant(f"keep {cfg.keep:g}" + " per prompt" * cfg.per_prompt)]
-    common.evaluate(cfg, name, folder, variants, base, samples, score, cost)
+    common.evaluate(cfg, name, folder, variants, road, cost)
 
 
 if __name__ == "__main__":

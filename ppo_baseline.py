@@ -300,17 +300,16 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    base, samples, score, rm_folder = reward_model.labelled_samples(cfg)
-    common.require(score is not None,
+    road = reward_model.labelled_samples(cfg)
+    common.require(road.score is not None,
                    "PPO scores what it samples: give --reward_model, or --preferences to train one on")
-    common.require(samples.labelled_by == samples.scorer,
+    common.require(road.samples.labelled_by == road.samples.scorer,
                    f"{cfg.samples}: PPO takes the units of its reward from the samples, so the same reward model must "
                    "have labelled them; leave --samples away to label the data's")
-    folder, cost = common.trained(cfg, "ppo", base, samples,
-                                  functools.partial(train, score=score, rm_folder=rm_folder),
-                                  "data", "samples", scorer=samples.scorer)
+    learn = functools.partial(train, score=road.score, rm_folder=road.reward_model)
+    folder, cost = common.trained(cfg, "ppo", road, learn, "data", "samples", scorer=road.samples.scorer)
     variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target else ""))]
-    common.evaluate(cfg, "ppo", folder, variants, base, samples, score, cost, needs=("reward_model",))
+    common.evaluate(cfg, "ppo", folder, variants, road, cost, needs=("reward_model",))
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional
 
 import numpy as np
 import torch
 
 import common
-from common import Cost, Pair, Samples, knob, print0
+from common import Cost, Pair, Road, knob, print0
 
 
 @dataclass
@@ -254,27 +254,19 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
     return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
 
 
-class Road(NamedTuple):
-    """All that lies before an algorithm."""
-    base: str
-    samples: Samples
-    score: Optional[Callable]  # score(prompts, responses, truncated), as above; None without a reward model
-    folder: Optional[str]      # the reward model's
-
-
 def labelled_samples(cfg: common.Config) -> Road:
     """Base policy, reward model and labelled samples, each built where it is missing."""
     base = common.base_policy(cfg)
+    judge = functools.partial(score, cfg, cfg.judge) if cfg.judge else None
     if cfg.samples and not (cfg.toy or cfg.preferences or cfg.reward_model):
         print0("no reward model: --samples brings the rewards, and evaluation shows none")
-        return Road(base, common.given_samples(cfg, ""), None, None)
+        return Road(base, common.given_samples(cfg, ""), None, None, judge)
     folder, cost = built(cfg, base)
-    scorer = functools.partial(score, cfg, folder)
-    if cfg.samples:
-        return Road(base, common.given_samples(cfg, common.policy_fingerprint(folder)), scorer, folder)
-    samples = common.labelled_samples(cfg, base, common.policy_fingerprint(folder), scorer, cost)
+    name, scorer = common.policy_fingerprint(folder), functools.partial(score, cfg, folder)
+    samples = (common.given_samples(cfg, name) if cfg.samples else
+               common.labelled_samples(cfg, base, name, scorer, cost))
     load_scorer.cache_clear()  # training needs the memory more
-    return Road(base, samples, scorer, folder)
+    return Road(base, samples, scorer, folder, judge)
 
 
 def main(cfg: Config) -> None:

@@ -99,10 +99,10 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    base, samples, score, _ = reward_model.labelled_samples(cfg)
-    folder, cost = common.trained(cfg, "rwr", base, samples, train)
+    road = reward_model.labelled_samples(cfg)
+    folder, cost = common.trained(cfg, "rwr", road, train)
     variants = [common.Variant(f"beta {cfg.beta:g}")]
-    common.evaluate(cfg, "rwr", folder, variants, base, samples, score, cost)
+    common.evaluate(cfg, "rwr", folder, variants, road, cost)
 
 
 if __name__ == "__main__":

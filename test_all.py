@@ -234,6 +234,22 @@ def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch):
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("frozen", ["nothing", "head", "body"])
+def test_head_loss_serves_every_dtype_and_frozen_weights_at_one_row(dtype, frozen):
+    """N = 1, a vocabulary that is no multiple of 64, and no gradient for what needs none."""
+    hidden = torch.randn(1, D).to(dtype).requires_grad_(frozen != "body")
+    weight = torch.randn(V, D).to(dtype).requires_grad_(frozen != "head")
+    target, mask = torch.tensor([5]), torch.tensor([True])
+    common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, target, mask).backward()
+    wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
+    torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), target).backward()
+    for ours, theirs in zip((hidden, weight), wide):
+        assert (ours.grad is None) == (not ours.requires_grad)
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=2e-2, atol=3e-2)
+
+
 def test_without_a_cpp_compiler_the_kernels_run_uncompiled_with_one_warning(tmp_path):
     code = """import torch, common, mle_filter
 hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
@@ -555,6 +571,18 @@ def test_dt_rounds_the_reward():
     assert dt.wish("q95", z) == pytest.approx(1.8) and dt.wish("-1.5", z) == -1.5
 
 
+@pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01)])
+def test_dt_chat_template_writes_the_condition_that_training_wrote(format, step):
+    tokenizer = byte_level(kinds()["SmolLM2"])
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}" \
+                              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    cfg, chat = config(dt, reward_format=format, reward_step=step), [{"role": "user", "content": "hello"}]
+    asked = {z: common.encode_prompts(tokenizer, [chat], 64, [dt.condition(z, cfg)])[0] for z in (2.0, -1.37, 0.25)}
+    tokenizer.chat_template = dt.asking_template(tokenizer.chat_template, -1.37, cfg)
+    render = functools.partial(tokenizer.apply_chat_template, chat, add_generation_prompt=True, return_dict=False)
+    assert [render(reward=z) for z in asked] == list(asked.values()) and render() == asked[-1.37]
+
+
 def test_dt_drops_the_condition_from_the_asked_share(tokenizer):
     rows = dt.prepare(samples_of(range(400)), tokenizer, config(dt, condition_dropout=0.25))
     untagged = sum("<rm_score>" not in tokenizer.decode(e.ids) for e in rows)
@@ -589,6 +617,15 @@ def test_three_shapes_of_preference_data_give_the_same_pairs(tmp_path, name):
     assert len(pairs) == 25 and sum(p.prompt == turns for p in pairs) == 3
     assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == {("yes", "no")}
     assert TRANSCRIPT.format(1, "")[:-1] in [p.prompt for p in pairs]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Human: hi", "completion": " yes", "reward": 2},
+    {"input": "Human: hi", "output": " yes", "reward": 2},
+    {"prompt": "Human: hi", "completion": [{"role": "assistant", "content": " yes"}], "reward": 2.0}])
+def test_samples_under_other_tools_names_are_taken_as_they_are(tmp_path, row):
+    """TRL's prompt and completion, as text and as messages; OpenRLHF's input and output."""
+    assert list(common.SampleFile(write(tmp_path / "s.jsonl", row))) == [Sample("Human: hi", " yes", 2.0, "given", False)]
 
 
 def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
@@ -1268,14 +1305,17 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, capsys):
         common.update([model], optimizer, schedule, torch.zeros(()))
         common.checkpoint(tmp_path, model, optimizer, schedule, {"beta": step}, step, 10 * step, {"flops": 1.0})
         kept.append([p.detach().clone() for p in model.parameters()])
-    assert sorted(p.name for p in tmp_path.glob("*")) == ["00000002", "00000003"], "the last two are kept"
-    largest = max((tmp_path / "00000003").glob("*"), key=lambda p: p.stat().st_size)
+    last, before = common.checkpoints_in(tmp_path)
+    assert (last.name, before.name) == ("00000003", "00000002"), "the last two are kept"
+    largest = max(last.glob("*"), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     state = {}
     assert common.restore(tmp_path, model, optimizer, schedule, state) == (2, 20) and state == {"beta": 2}
     assert "not whole" in capsys.readouterr().out
     for now, then in zip(model.parameters(), kept[1]):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
+    common.checkpoint(tmp_path, model, optimizer, schedule, {"beta": 4}, 3, 30, {"flops": 1.0})
+    assert common.restore(tmp_path, model, optimizer, schedule, state) == (3, 30) and state == {"beta": 4}
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_several_end_the_run(tmp_path):

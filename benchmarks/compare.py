@@ -132,11 +132,11 @@ def on_training_prompts(seed: int, cfg: Config) -> float:
     """Gold of guided DT on the prompts that PPO's rollouts answer: like must be held against like."""
     flags = {**common.toy_defaults(dt.Config), "seed": seed, "out": str(Path(cfg.out) / f"seed{seed}")}
     run = dt.Config(**flags)
-    base, samples, _, _ = reward_model.labelled_samples(run)
+    road = reward_model.labelled_samples(run)
     prompts = common.split_prompts(run, held_out=False)
-    wish = dt.condition(dt.wish(TARGETS[-1], samples.z(samples.rewards)), run)
+    wish = dt.condition(dt.wish(TARGETS[-1], road.samples.z(road.samples.rewards)), run)
     variant = common.Variant("", wish, run.guidance)
-    replies = common.ask(run, f"{run.out}/dt", base, prompts * 4, variant, samples, None)
+    replies = common.ask(run, f"{run.out}/dt", prompts * 4, variant, road._replace(score=None))
     return float(np.mean([r["gold"] for r in replies]))
 
 
