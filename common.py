@@ -154,7 +154,8 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
                file=sys.stderr)
         sys.exit(130)
     except Exception as problem:
-        full = "No space left on device" in str(problem)  # safetensors and torch wrap it in errors of their own
+        # safetensors and torch wrap a full disk in errors of their own, torch's zip writer without its name
+        full = "No space left on device" in str(problem) or "inline_container" in str(problem)
         if not full and not (isinstance(problem, OSError) and problem.errno):
             raise
         where = getattr(problem, "filename", None) or cfg.out
@@ -2041,7 +2042,10 @@ def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: 
         work.mkdir(parents=True)
     barrier()
     weights, moments = get_state_dict(policy, optimizer)
-    dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work, no_dist=not dist.is_initialized())
+    try:
+        dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work, no_dist=not dist.is_initialized())
+    except dcp.CheckpointException as problem:  # of all ranks, a BaseException
+        raise next(iter(problem.failures.values()))[0] from None
     spent = dict(zip(spent, sum_over_ranks(*spent.values())))
     if rank() == 0:
         sizes = {path.name: path.stat().st_size for path in work.iterdir()}
