@@ -1,7 +1,7 @@
 """What every trainer here needs and no algorithm is about.
 
 The sections, in reading order: process group, config, stages and files, tokenizer, data, batches, models and optimiser,
-sampler, fused head loss, labelled samples, evaluation and leaderboard, metrics, the toy world.
+sampler, fused head loss, labelled samples, evaluation and leaderboard, metrics and checkpoints, the toy world.
 
 Terms: *policy*, the language model that is trained; *base policy*, what it starts from, and the reference of every KL;
 *sample*, a row (prompt, response, reward); *z*, a reward standardised over the labelled samples; *response mask*, the
@@ -1006,8 +1006,8 @@ def batches(examples: Examples | list[Example], cfg: Config, first: int = 0) -> 
         hands = deal([len(e.ids) for e in step], cfg.micro_batch_tokens)
         weight = sum(e.weight * e.response_tokens for e in step)
         yield at, Batch(micros=[collate([step[i] for i in hand] or [idle(step[0])]) for hand in hands],
-                    tokens=sum(e.response_tokens for e in step),
-                    normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
+                        tokens=sum(e.response_tokens for e in step),
+                        normaliser=(weight if weight > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
 
 
 def idle(example: Example) -> Example:
@@ -1016,12 +1016,10 @@ def idle(example: Example) -> Example:
 
 
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
-    """The micro-batches of a step; gradients are reduced over ranks with the last one's backward only."""
+    """The micro-batches of a step.  DDP reduces gradients over ranks with the last one's backward only; FSDP2 with each,
+    as it could not hold them whole till then."""
     for i, micro in enumerate(micros):
-        last = i == len(micros) - 1
-        policy.require_backward_grad_sync = last  # DDP's switch, read in forward
-        if hasattr(policy, "set_requires_gradient_sync"):
-            policy.set_requires_gradient_sync(last)  # FSDP2's
+        policy.require_backward_grad_sync = i == len(micros) - 1  # DDP's switch, read in forward
         yield micro
 
 
@@ -1592,7 +1590,7 @@ def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list
 @torch.inference_mode()
 def prove_head(name: str, model: Any) -> None:
     """Raises BadInput unless the model's logits are hidden states times head: a soft-cap, say, is not served."""
-    ids = torch.arange(8, device=device())[None] % model.config.vocab_size
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     require(head is not None, f"{name}: the model has no output head")
@@ -1861,14 +1859,13 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
     comparable = settings(cfg, "data", "samples", "evaluation")
     setting = fingerprint({k: v for k, v in comparable.items()
                            if k not in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples")})
-    root = Path(cfg.out) / "evaluation"
     board = Path(cfg.out) / "leaderboard.jsonl"
     rows = [row for _, row in read_rows(str(board))] if board.exists() else []
     wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base),
               "samples": samples.fingerprint, "scorer": samples.scorer}
     replies: dict[str, list[dict]] = {}
     for name, where, variant in [("base", base, Variant(""))] + [(algorithm, folder, v) for v in variants]:
-        file = root / (re.sub(r"[^\w.+-]+", "_", f"{name} {variant.name} seed {cfg.seed}") + ".jsonl")
+        file = replies_file(Path(cfg.out), name, variant.name, cfg.seed)
         mine = {**wanted, "policy": policy_fingerprint(where)}
         row = next((r for r in rows if row_key(r) == (name, variant.name, cfg.seed)), None)
         if row and file.exists() and all(row.get(k) == v for k, v in mine.items()):
@@ -1889,6 +1886,11 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
             write_text(board, map(json.dumps, rows))
     print_conversations(replies)
     print_leaderboard([r for r in rows if r.get("setting") == setting], len(rows))
+
+
+def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
+    """Where a policy's evaluated responses are kept."""
+    return run / "evaluation" / (re.sub(r"[^\w.+-]+", "_", f"{algorithm} {variant} seed {seed}") + ".jsonl")
 
 
 def row_key(row: dict) -> tuple:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -1424,6 +1425,23 @@ def test_five_hundred_malformed_files_give_rows_or_one_sentence(tmp_path):
                 said = common.printable(problem)
                 assert path.name in said and "\n" not in said.strip() and len(said) < 1000, said
     assert 300 < refused < 1500
+
+
+def test_line_references_of_the_readme_lead_where_they_say():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 10
+    for name, file, line in links:
+        found = [i for i, text in enumerate((HERE / file).read_text().splitlines(), 1)
+                 if re.match(rf"\s*def {name}\(", text)]
+        assert int(line) in found, f"{name} in {file} is at {found}, the README says {line}"
+
+
+def test_a_report_is_one_page_without_external_files(run):
+    done = script("benchmarks/report.py", "--out", run[0], "--conversations", "3")
+    page = (run[0] / "report.html").read_text()
+    assert "report.html" in done.stdout and "dt target q99, guidance 0.5" in page and page.count("<article>") == 3
+    assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", page)
+    assert script("benchmarks/report.py", "--out", run[0] / "dt", status=2).stderr.count("leaderboard.jsonl") == 1
 
 
 def test_toy_rewards_follow_the_stated_rules():

@@ -1,0 +1,176 @@
+"""One HTML page about a run, without external files: table, curves, reward distributions, conversations side by side.
+
+    python benchmarks/report.py --out runs/toy                 # writes runs/toy/report.html
+
+The pictures need matplotlib; without it the table and the conversations still come.
+"""
+from __future__ import annotations
+
+import html
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+from common import knob  # noqa: E402
+
+COLUMNS = {"gold": ".2f", "reward": "+.2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".0f",
+           "distinct_2": ".3f", "eos_rate": ".2f", "train_seconds": ".0f", "total_seconds": ".0f", "total_flops": ".1e"}
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+svg { max-width: 100%; height: auto; }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem 1rem; margin: 1rem 0; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem; }
+.replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .75rem; }
+.replies p { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+small { opacity: .7; }
+"""
+
+
+@dataclass
+class Config:
+    """Which run, and how much of it."""
+    out: str = knob("runs/toy", "the run's folder; report.html is written into it")
+    conversations: int = knob(20, "held-out prompts that are shown with every policy's reply")
+    compile: bool = knob(True, "of no use here")
+
+
+def text(value: Any) -> str:
+    """A value as HTML text, its control characters shown as escapes."""
+    return html.escape(common.printable(value))
+
+
+def read(path: Path) -> list[dict]:
+    """A file's rows; none where there is no file."""
+    return [row for _, row in common.read_rows(str(path))] if path.exists() else []
+
+
+def name_of(row: dict) -> str:
+    """How a leaderboard row is called."""
+    return f"{row['algorithm']} {row['variant']} (seed {row['seed']})".replace("  ", " ")
+
+
+def table(rows: list[dict]) -> str:
+    """The leaderboard."""
+    shown = {c: form for c, form in COLUMNS.items() if any(r.get(c) is not None for r in rows)}
+    head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in shown)
+    body = "".join("<tr><td>" + text(name_of(r)) + "</td>" + "".join(
+        f"<td>{'–' if r.get(c) is None else format(r[c], form)}</td>" for c, form in shown.items()) + "</tr>"
+        for r in rows)
+    return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def picture(draw: Callable, width: float = 9, height: float = 3.6) -> str:
+    """What draw(pyplot, figure) draws, as SVG in colours that serve dark and light pages; empty without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return ""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    grey = "#808080"
+    with plt.rc_context({"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
+                         "ytick.color": grey, "axes.grid": True, "grid.alpha": 0.25, "legend.framealpha": 0,
+                         "svg.hashsalt": "fixed", "legend.fontsize": 8}):
+        figure = plt.figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    return "<p>" + buffer.getvalue()[buffer.getvalue().index("<svg"):] + "</p>"
+
+
+def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
+    """Reward against all that a policy took."""
+    for axis, (unit, label) in zip(figure.subplots(1, 2, sharey=True),
+                                   (("total_flops", "FLOPs, with all that it needs"), ("total_seconds", "seconds"))):
+        for i, row in enumerate(r for r in rows if r["algorithm"] != "base"):
+            axis.plot(row[unit], row[value], "osD^vP*X"[i % 8], label=name_of(row))
+        for row in rows:
+            if row["algorithm"] == "base":
+                axis.axhline(row[value], linestyle=":", color="#808080")
+        axis.set_xlabel(label)
+    figure.axes[0].set_ylabel(value)
+    figure.axes[-1].legend()
+
+
+def draw_asked(figure: Any, rows: list[dict]) -> None:
+    """What DT got against what it was asked for."""
+    plain = sorted((r for r in rows if "guidance" not in r["variant"]), key=lambda r: r["asked"])
+    guided = [r for r in rows if "guidance" in r["variant"]]
+    for axis, value in zip(figure.subplots(1, 2), ("reward", "gold")):
+        if all(r.get(value) is not None for r in rows):
+            axis.plot([r["asked"] for r in plain], [r[value] for r in plain], "o-", label="DT")
+            axis.plot([r["asked"] for r in guided], [r[value] for r in guided], "D", label="guided")
+        axis.set_xlabel("reward z asked for"), axis.set_ylabel(f"{value} obtained"), axis.legend()
+
+
+def draw_curves(figure: Any, curves: dict[str, list[dict]]) -> None:
+    """Each training's loss, or PPO's score, step by step."""
+    for axis, name in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+        value = "score" if "score" in curves[name][0] else "loss"
+        axis.plot([s["step"] for s in curves[name]], [s[value] for s in curves[name]], linewidth=1)
+        axis.set_title(name, fontsize=9), axis.set_xlabel("step"), axis.set_ylabel(value)
+
+
+def draw_rewards(figure: Any, replies: dict[str, list[dict]]) -> None:
+    """How the rewards of each policy's replies are spread."""
+    axis = figure.subplots()
+    for name, rows in replies.items():
+        values = [r["reward"] for r in rows if r["reward"] is not None]
+        if values:
+            axis.hist(values, bins=np.linspace(-4, 4, 41), histtype="step", density=True, label=name)
+    axis.set_xlabel("reward z of held-out replies"), axis.legend()
+
+
+def conversations(replies: dict[str, list[dict]], count: int) -> str:
+    """The first prompts, with every policy's reply."""
+    parts = []
+    for i, first in enumerate(next(iter(replies.values()))[:count]):
+        prompt = first["prompt"] if isinstance(first["prompt"], str) else "\n".join(
+            f"{m['role']}: {m['content']}" for m in first["prompt"])
+        said = "".join(
+            f"<div><b>{text(name)}</b> <small>{'' if r['reward'] is None else format(r['reward'], '+.2f')}</small>"
+            f"<p>{text(r['response'].strip())}{' …' if r['truncated'] else ''}</p></div>"
+            for name, rows in replies.items() for r in rows[i:i + 1])
+        parts.append(f'<article><p class="prompt">{text(prompt.strip())}</p><div class="replies">{said}</div></article>')
+    return "".join(parts)
+
+
+def main(cfg: Config) -> None:
+    """Reads the run's files and writes report.html beside them."""
+    folder = Path(cfg.out)
+    rows = sorted(read(folder / "leaderboard.jsonl"), key=common.row_key)
+    common.require(bool(rows), f"{folder}: no leaderboard.jsonl there; train something first")
+    replies = {name_of(r): read(common.replies_file(folder, r["algorithm"], r["variant"], r["seed"])) for r in rows}
+    replies = {name: said for name, said in replies.items() if said}
+    curves = {p.parent.name: read(p) for p in sorted(folder.glob("[!.]*/metrics.jsonl"))}
+    asked = [r for r in rows if r.get("asked") is not None]
+    value = "gold" if all(r.get("gold") is not None for r in rows) else "reward"
+    sections = [("Policies", table(rows)),
+                ("Reward against compute", picture(lambda f: draw_compute(f, rows, value))
+                 if all(r.get(value) is not None for r in rows) else ""),
+                ("Asked for and obtained", picture(lambda f: draw_asked(f, asked)) if asked else ""),
+                ("Training", picture(lambda f: draw_curves(f, curves), width=3 * len(curves)) if curves else ""),
+                ("Rewards", picture(lambda f: draw_rewards(f, replies))),
+                ("What each said", conversations(replies, cfg.conversations) if replies else "")]
+    body = "".join(f"<section><h2>{head}</h2>{part}</section>" for head, part in sections if part)
+    common.write_text(folder / "report.html", [
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{text(folder.name)}</title><style>{STYLE}</style></head>'
+        f"<body><h1>{text(folder)}</h1>{body}</body></html>"])
+    print(f"{folder / 'report.html'}: {len(rows)} policies, {len(curves)} trainings")
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)
