@@ -1464,7 +1464,13 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any, *rows: torch.T
     weight, bias = head.weight, getattr(head, "bias", None)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return _HeadLoss.apply((hidden * head_scale(model)).to(dtype), weight, bias, kernel, *rows)
+    return _untraced_head_loss()((hidden * head_scale(model)).to(dtype), weight, bias, kernel, *rows)
+
+
+@functools.cache
+def _untraced_head_loss() -> Callable:
+    """Round this a compiled model breaks its graph; not a decorator, as that would import the compiler at once."""
+    return torch.compiler.disable(_HeadLoss.apply)
 
 
 def head_scale(model: Any) -> float:
@@ -1474,7 +1480,6 @@ def head_scale(model: Any) -> float:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable
     def forward(ctx, hidden, weight, bias, kernel, *rows):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
@@ -1543,6 +1548,12 @@ def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch
         return total.addmm_(logits.t(), hidden)
     outer = scratch("outer", total.numel(), logits.dtype, logits.device).view(total.shape)
     return total.to(wide).add_(torch.mm(logits.t(), hidden, out=outer))
+
+
+def compiled(kernel: Callable) -> Callable:
+    """torch.compile(kernel, dynamic=True), at the first call: to import the compiler takes as long as to import torch."""
+    once = functools.cache(lambda: torch.compile(kernel, dynamic=True))
+    return functools.wraps(kernel)(lambda *args, **more: once()(*args, **more))
 
 
 def run_kernel(kernel: Callable, *args: Any) -> Any:

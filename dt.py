@@ -55,7 +55,7 @@ class Config(common.Config):
             wish(target, np.zeros(1))
 
 
-@torch.compile(dynamic=True)
+@common.compiled
 def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
 

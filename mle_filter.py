@@ -37,7 +37,7 @@ class Config(common.Config):
         common.require(0 < self.keep <= 1, f"--keep is a share above 0 and at most 1, not {self.keep}")
 
 
-@torch.compile(dynamic=True)
+@common.compiled
 def masked_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
 

@@ -77,7 +77,7 @@ class Config(common.Config):
         common.require(self.batch_size <= self.rollout_batch_size, "--batch_size must not exceed --rollout_batch_size")
 
 
-@torch.compile(dynamic=True)
+@common.compiled
 def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, old_log_prob: torch.Tensor,
                        advantage: torch.Tensor, temperature: float, clip: float, entropy_coef: float,
                        statistics: torch.Tensor) -> torch.Tensor:

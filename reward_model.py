@@ -40,7 +40,7 @@ class Config(common.Config):
         common.require(0 <= self.centering < math.inf, f"--centering must be 0 or above, not {self.centering}")
 
 
-@torch.compile(dynamic=True)
+@common.compiled
 def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> torch.Tensor:
     """scores (P, 2), chosen and rejected, become d loss / d scores in place; returns each pair's loss (P,).
 

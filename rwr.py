@@ -47,7 +47,7 @@ def weigh(z: torch.Tensor, top: float, beta: float, w_max: float) -> torch.Tenso
     return ((z / beta).clamp(max=log_max) - min(top / beta, log_max)).exp()
 
 
-@torch.compile(dynamic=True)
+@common.compiled
 def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, z: torch.Tensor,
                   top: float, beta: float, w_max: float) -> torch.Tensor:
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).

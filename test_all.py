@@ -195,6 +195,16 @@ def test_policy_gradient_equals_plain_autograd(tied):
         torch.testing.assert_close(ours[name], p.grad)
 
 
+def test_the_fused_loss_serves_a_compiled_model():
+    model, batch = tiny_model(), common.collate(examples())
+    policy = common.Policy(model, config())
+    losses = []
+    for forward in (policy, torch.compile(policy, backend="eager")):
+        losses.append(forward(batch, mle_filter.masked_nll_, batch.targets, batch.mask))
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+
+
 def test_logits_scaled_by_the_model_are_served():
     model, batch = tiny_model(tied=False), common.collate(examples())
     model.config.logit_scale = 0.5
