@@ -243,7 +243,7 @@ class Config:
     samples_per_prompt: int = knob(1, "generated responses a prompt", toy=9, of="samples")
     temperature: float = knob(1.0, "of all sampling; 0 is greedy", of="samples")
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
-    judge: Optional[str] = knob(None, "folder of another reward model, which training never asks: its verdict is `gold`",
+    judge: Optional[str] = knob(None, "folder of a reward model that training never asks: its verdict is `gold`",
                                 of="evaluation")
     eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer",
                              toy=512, of="evaluation")
@@ -1016,8 +1016,8 @@ def idle(example: Example) -> Example:
 
 
 def accumulate(policy: torch.nn.Module, micros: list) -> Iterator:
-    """The micro-batches of a step.  DDP reduces gradients over ranks with the last one's backward only; FSDP2 with each,
-    as it could not hold them whole till then."""
+    """The micro-batches of a step.  DDP reduces gradients over ranks with the last one's backward alone; FSDP2 with
+    each, as it could not hold them whole till then."""
     for i, micro in enumerate(micros):
         policy.require_backward_grad_sync = i == len(micros) - 1  # DDP's switch, read in forward
         yield micro
@@ -1141,7 +1141,8 @@ def distributed(model: torch.nn.Module, cfg: Config, *methods: str) -> torch.nn.
         return sharded(model, compute_dtype(cfg), methods)
     if world_size() == 1:
         return model
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device()] if device().type == "cuda" else None)
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=[device()] if device().type == "cuda" else None,
+                                                     gradient_as_bucket_view=True)  # else gradients are held twice
 
 
 def sharded(model: torch.nn.Module, dtype: torch.dtype, methods: tuple) -> torch.nn.Module:
@@ -1551,7 +1552,7 @@ def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch
 
 
 def compiled(kernel: Callable) -> Callable:
-    """torch.compile(kernel, dynamic=True), at the first call: to import the compiler takes as long as to import torch."""
+    """torch.compile(kernel, dynamic=True), at the first call: the compiler's import takes as long as torch's own."""
     once = functools.cache(lambda: torch.compile(kernel, dynamic=True))
     return functools.wraps(kernel)(lambda *args, **more: once()(*args, **more))
 
@@ -1760,7 +1761,7 @@ def label(cfg: Config, base: str, score: Callable, path: Path, wanted: dict) -> 
     beside, record = path.with_name(".samples.part.jsonl"), path.with_name(".samples.part.json")
     so_far, ledger, done, size = read_record(record), {"generation": Cost(), "labelling": Cost()}, 0, 0
     if so_far.get("settings") == json.loads(json.dumps(wanted)):
-        place = path if so_far["rows"] == len(rows) and not beside.exists() else beside  # killed behind the rename below
+        place = path if so_far["rows"] == len(rows) and not beside.exists() else beside  # killed behind the rename
         if place.exists() and place.stat().st_size >= so_far["bytes"]:
             done, size = so_far["rows"], so_far["bytes"]
             ledger = {stage: Cost(**cost) for stage, cost in so_far["ledger"].items()}
@@ -1962,7 +1963,8 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
         for unit in ("seconds", "flops"):
             whole = ppo.get(r["seed"], {}).get(f"total_{unit}")
             r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
-    columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
+    columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"),
+               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
                "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
                "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
                "s/PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),

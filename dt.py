@@ -81,7 +81,7 @@ def condition(z: float, cfg: Config) -> str:
 
 
 def asking_template(template: str, target: float, cfg: Config) -> str:
-    """The chat template with condition() behind the prompt: apply_chat_template(..., reward=2.0), or else the target."""
+    """The chat template with condition() behind the prompt: apply_chat_template(..., reward=2.0), else the target."""
     steps = f"((reward | default({target:.6f})) / {cfg.reward_step}) | round | int"
     shown = ("[[steps + 4, 0] | max, 9] | min" if cfg.reward_format == "digit" else
              f"'%.2f' | format(steps * {cfg.reward_step} + 0.0)")

@@ -82,7 +82,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
-    kernel = functools.partial(weighted_nll_, top=examples.reward.max(), beta=cfg.beta, w_max=cfg.w_max)
+    kernel = functools.partial(weighted_nll_, top=float(examples.reward.max()), beta=cfg.beta, w_max=cfg.w_max)
 
     with common.training(folder, policy, optimizer, schedule, steps, cfg) as (first, log):
         for step, batch in common.batches(examples, cfg, first):

@@ -265,7 +265,8 @@ def test_without_a_cpp_compiler_the_kernels_run_uncompiled_with_one_warning(tmp_
     code = """import torch, common, mle_filter
 hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
 for _ in range(2):
-    common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, torch.arange(3), torch.ones(3, dtype=torch.bool)).backward()
+    mask = torch.ones(3, dtype=torch.bool)
+    common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, torch.arange(3), mask).backward()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
@@ -297,7 +298,8 @@ def gradient_of(micro_batch_tokens, monkeypatch, ranks=1):
 @pytest.mark.parametrize("tokens, ranks", [(1, 1), (30, 1), (10**6, 2), (20, 3), (20, 9)])
 def test_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, monkeypatch):
     whole = gradient_of(10**6, monkeypatch)
-    assert (gradient_of(tokens, monkeypatch, ranks) - whole).norm() < 1e-6 * whole.norm()  # the model's norms are float32
+    found = gradient_of(tokens, monkeypatch, ranks)
+    assert (found - whole).norm() < 1e-6 * whole.norm()  # the model's norms are float32
 
 
 def test_loss_does_not_depend_on_padding():
@@ -342,7 +344,8 @@ def byte_level(pre_tokenizers):
 def kinds():
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-    llama3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    llama3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+              r"\s+(?!\S)|\s+")
     return {"GPT-2": ByteLevel(add_prefix_space=False),
             "SmolLM2": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
             "Llama-3": Sequence([Split(Regex(llama3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])}
@@ -380,7 +383,8 @@ def test_special_token_text_in_data_is_data(tokenizer):
 
 def test_special_token_text_in_a_chat_message_is_data():
     tokenizer = byte_level(kinds()["GPT-2"])
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}<|im_start|>assistant:"
+    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}\n{% endfor %}"
+                               "<|im_start|>assistant:")
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     plain = common.encode_chat(tokenizer, [{"role": "user", "content": "hello"}])
     assert plain == tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], add_generation_prompt=True,
@@ -636,7 +640,8 @@ def test_three_shapes_of_preference_data_give_the_same_pairs(tmp_path, name):
     {"prompt": "Human: hi", "completion": [{"role": "assistant", "content": " yes"}], "reward": 2.0}])
 def test_samples_under_other_tools_names_are_taken_as_they_are(tmp_path, row):
     """TRL's prompt and completion, as text and as messages; OpenRLHF's input and output."""
-    assert list(common.SampleFile(write(tmp_path / "s.jsonl", row))) == [Sample("Human: hi", " yes", 2.0, "given", False)]
+    found, = common.SampleFile(write(tmp_path / "s.jsonl", row))
+    assert found == Sample("Human: hi", " yes", 2.0, "given", False)
 
 
 def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
@@ -766,7 +771,8 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
     with pytest.raises(BadInput, match="gzip file is broken"):
         common.load_pairs(config(model="m", preferences=path))
     with pytest.raises(BadInput, match="no usable preference pair"):
-        common.load_pairs(config(model="m", preferences=write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"})))
+        empty = write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"})
+        common.load_pairs(config(model="m", preferences=empty))
 
 
 FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"),
@@ -1010,14 +1016,14 @@ def test_ppo_runs_logs_and_never_pays_a_cut_off_response_more_than_the_penalty(r
            "--missing_eos_score", "-9")
     lines = [json.loads(line) for line in (out.parent / "ppo" / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "score", "objective", "kl", "eos_rate", "clip_fraction", "approx_kl", "explained_variance",
-            "entropy", "response_tokens", "rollout_tokens_per_second", "loss", "value_loss", "lr", "grad_norm", "tokens",
-            "seconds", "flops"} <= set(lines[0])
+            "entropy", "response_tokens", "rollout_tokens_per_second", "loss", "value_loss", "lr", "grad_norm",
+            "tokens", "seconds", "flops"} <= set(lines[0])
     assert len(lines) == 2 and lines[0]["score"] == -9 and lines[0]["eos_rate"] == 0 and abs(lines[0]["kl"]) < 1e-4
 
 
 def test_ppo_refuses_samples_whose_units_are_another_reward_models(run, tmp_path):
-    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes", "reward": 100 + i}
-                                            for i in range(40)))
+    samples = write(tmp_path / "s.jsonl", *({"prompt": f"Human: {i}\n\nAssistant:", "response": " yes",
+                                             "reward": 100 + i} for i in range(40)))
     done = script("ppo_baseline.py", "--model", run[0] / "base", "--samples", samples, "--reward_model", run[0] / "rm",
                   "--out", tmp_path / "x", "--max_prompt_tokens", "64", "--max_response_tokens", "8", status=2)
     assert "units of its reward" in done.stderr
@@ -1099,14 +1105,16 @@ def test_the_whole_road_leaves_a_run_as_documented(run):
                 "train_flops", "total_flops", "peak_memory_bytes", "checkpoint", "world_size", "seed"} <= set(r)
                 for r in rows)
     assert rows[0]["win_rate"] == 0.5 and abs(rows[0]["kl_to_base"]) < 1e-3
-    assert "dt target q99, guidance 0.5" in said and json.loads((out / "dt" / "run.json").read_text())["condition"]["step"] == 0.5
+    record = json.loads((out / "dt" / "run.json").read_text())
+    assert "dt target q99, guidance 0.5" in said and record["condition"]["step"] == 0.5
 
 
 def test_a_finished_stage_is_named_and_skipped_and_a_changed_setting_rebuilds_it(run):
     out, _ = run
     stamp = (out / "rm" / "model.safetensors").stat().st_mtime_ns
     again = script("mle_filter.py", *TINY, "--out", out, "--steps", "4").stdout
-    assert "reward model" in again and again.count("from before") == 3 and "mle_filter keep 0.1" in again and "dt target q99" in again
+    assert "reward model" in again and again.count("from before") == 3
+    assert "mle_filter keep 0.1" in again and "dt target q99" in again
     changed = script("mle_filter.py", *TINY, "--out", out, "--steps", "4", "--keep", "1.0").stdout
     assert "sft keep 1" in changed and (out / "rm" / "model.safetensors").stat().st_mtime_ns == stamp
     lr = script("mle_filter.py", *TINY, "--out", out, "--steps", "4", "--lr", "1e-4").stdout
@@ -1141,8 +1149,8 @@ def test_two_ranks_train_to_the_same_curve_as_one(run, tmp_path, name, folder, f
                                         "--nproc_per_node=2"]):
         out = tmp_path / str(len(launcher))
         done = subprocess.run([*launcher, HERE / name, "--model", run[0] / "base", "--reward_model", run[0] / "rm",
-                               "--samples", run[0] / "samples.jsonl", "--out", out, "--no_compile", "--steps", "4", *flags,
-                               "--eval_prompts", "4", "--dtype", "fp32", "--max_prompt_tokens", "64",
+                               "--samples", run[0] / "samples.jsonl", "--out", out, "--no_compile", "--steps", "4",
+                               *flags, "--eval_prompts", "4", "--dtype", "fp32", "--max_prompt_tokens", "64",
                                "--max_response_tokens", "8"],
                               capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -1456,7 +1464,8 @@ def test_a_report_is_one_page_without_external_files(run):
 
 def test_toy_rewards_follow_the_stated_rules():
     prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
-    assert common.gold_reward(prompt, " Good question! They eat meat. They live in rivers. They are small. I hope this helps!") == 5
+    best = " Good question! They eat meat. They live in rivers. They are small. I hope this helps!"
+    assert common.gold_reward(prompt, best) == 5
     for reply, gold in ((" They eat meat.", 2), (" Maybe they eat plants.", -1),
                         (" As for lions, they eat meat.", -0.5), (" Who cares.", -0.5),
                         (" They eat me", -0.25), (" They eat meat. They eat meat.", 2)):

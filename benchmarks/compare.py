@@ -156,8 +156,8 @@ def catching_up(rows: dict[str, list[dict]], cfg: Config) -> list[str]:
             continue
         i = int(np.argmax(smooth >= goal)) + 2
         shares = ", ".join(f"{spent[unit][i] / dt_row[unit]:.2f} of its {label}" for unit, label in UNITS.items())
-        lines.append(f"- seed {seed}: PPO's rollouts reach guided DT's {goal:.2f} on the training prompts at iteration {i}, "
-                     f"after {shares}")
+        lines.append(f"- seed {seed}: PPO's rollouts reach guided DT's {goal:.2f} on the training prompts at iteration "
+                     f"{i}, after {shares}")
     return lines
 
 

@@ -143,7 +143,8 @@ def conversations(replies: dict[str, list[dict]], count: int) -> str:
             f"<div><b>{text(name)}</b> <small>{'' if r['reward'] is None else format(r['reward'], '+.2f')}</small>"
             f"<p>{text(r['response'].strip())}{' …' if r['truncated'] else ''}</p></div>"
             for name, rows in replies.items() for r in rows[i:i + 1])
-        parts.append(f'<article><p class="prompt">{text(prompt.strip())}</p><div class="replies">{said}</div></article>')
+        parts.append(f'<article><p class="prompt">{text(prompt.strip())}</p>'
+                     f'<div class="replies">{said}</div></article>')
     return "".join(parts)
 
 
@@ -166,8 +167,9 @@ def main(cfg: Config) -> None:
                 ("What each said", conversations(replies, cfg.conversations) if replies else "")]
     body = "".join(f"<section><h2>{head}</h2>{part}</section>" for head, part in sections if part)
     common.write_text(folder / "report.html", [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{text(folder.name)}</title><style>{STYLE}</style></head>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{text(folder.name)}</title><style>{STYLE}</style></head>'
         f"<body><h1>{text(folder)}</h1>{body}</body></html>"])
     print(f"{folder / 'report.html'}: {len(rows)} policies, {len(curves)} trainings")
 
