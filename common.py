@@ -122,9 +122,6 @@ def progress(rows: Iterable, what: str, total: Optional[int] = None, unit: str =
                 mininterval=0.3 if sys.stderr.isatty() else 15)
 
 
-PATIENCE = timedelta(minutes=10)  # of a rank that waits for another; rank 0 may have a large model to save meanwhile
-
-
 def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None:
     """Parses the command line as a `kind` of config, runs main(cfg) in a process group, and turns what goes wrong into
     one line and a status.
@@ -138,7 +135,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=PATIENCE)
+            dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=timedelta(minutes=getattr(cfg, "patience", 10)))
         if not cfg.compile:
             torch.compiler.set_stance("force_eager")
         with locked(Path(cfg.out)) if isinstance(cfg, Config) and rank() == 0 else contextlib.nullcontext():
@@ -233,6 +230,8 @@ class Config:
     max_response_tokens: int = knob(1024, "longer responses are cut on the right, and then carry no EOS", toy=64,
                                     of="data")
     seed: int = knob(0, "of everything that is drawn", of="data")
+    responses: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response: label these, in place of --sources",
+                                    of="samples")
     prompts: Optional[str] = knob(None, "generate for these: .jsonl(.gz) or folder with `prompt`", of="samples")
     samples: Optional[str] = knob(None, ".jsonl(.gz) with prompt, response, reward: train on these labelled samples",
                                   of="samples")
@@ -245,7 +244,7 @@ class Config:
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
     judge: Optional[str] = knob(None, "folder of a reward model that training never asks: its verdict is `gold`",
                                 of="evaluation")
-    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer",
+    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer; 0: not",
                              toy=512, of="evaluation")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", of="training")
     epochs: int = knob(1, "passes over the training examples", of="training")
@@ -255,14 +254,16 @@ class Config:
     dtype: str = knob("auto", "bf16 (weights stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = knob(True, "torch.compile the loss kernels")
     sharding: str = knob("ddp", "ddp, or fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
-    save_every: int = knob(500, "steps between checkpoints, of which the last two are kept; 0 for none", toy=200)
+    save_every: Optional[int] = knob(None, "steps between checkpoints, of which the last two are kept: a tenth of the "
+                                           "run, but no more than 500, unless told; 0 for none")
     resume: bool = knob(True, "go on from the last checkpoint, bit for bit; --no_resume starts the stage again")
+    patience: int = knob(10, "minutes that a rank waits for another, one that saves a large model say, before all end")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_response_tokens", "samples_per_prompt", "eval_prompts", "lr", "epochs",
-                     "batch_size", "micro_batch_tokens"):
+        for name in ("max_prompt_tokens", "max_response_tokens", "samples_per_prompt", "lr", "epochs", "batch_size",
+                     "micro_batch_tokens", "patience"):
             require(getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}")
         for name in ("max_pairs", "steps"):
             require(getattr(self, name) is None or getattr(self, name) > 0,
@@ -274,12 +275,14 @@ class Config:
         require(0 <= self.temperature < math.inf, f"--temperature must be 0 or above, not {self.temperature}")
         require(self.dtype in ("auto", "bf16", "fp32"), f"--dtype is auto, bf16 or fp32, not {self.dtype!r}")
         require(self.sharding in ("ddp", "fsdp"), f"--sharding is ddp or fsdp, not {self.sharding!r}")
-        require(self.save_every >= 0, f"--save_every must be 0 or above, not {self.save_every}")
+        require(self.eval_prompts >= 0, f"--eval_prompts must be 0 or above, not {self.eval_prompts}")
+        require(self.save_every is None or self.save_every >= 0,
+                f"--save_every must be 0 or above, not {self.save_every}")
         require(self.sources in ("dataset", "generated", "dataset+generated"),
                 f"--sources is dataset, generated or dataset+generated, not {self.sources!r}")
         require(self.toy or self.model, "--preferences goes with --model: name the base policy's folder or Hub id")
-        require(self.toy or self.preferences or self.samples or (self.prompts and self.reward_model),
-                "--model needs data: --preferences, or --samples, or --prompts with --reward_model")
+        require(self.toy or self.preferences or self.samples or (self.prompts or self.responses) and self.reward_model,
+                "--model needs data: --preferences, or --samples, or --prompts or --responses with --reward_model")
 
     @property
     def toy(self) -> bool:
@@ -293,19 +296,19 @@ def require(condition: bool, otherwise: str) -> None:
         raise BadInput(otherwise)
 
 
-def parse(Config: type, args: Optional[list[str]] = None) -> Any:
-    """The command line as a Config, the world's defaults filled in.  Raises BadInput on a wrong flag or value."""
+def parse(kind: type, args: Optional[list[str]] = None) -> Any:
+    """The command line as this kind of config, the world's defaults filled in.  Raises BadInput on a wrong flag."""
     from transformers import HfArgumentParser
 
     def wrong_flag(message: str) -> None:
         raise BadInput(message)
-    about = sys.modules[Config.__module__].__doc__.split("\n\n")[0]
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=about)
+    about = sys.modules[kind.__module__].__doc__.split("\n\n")[0]
+    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
     parser.error = wrong_flag
     args = sys.argv[1:] if args is None else args
     given = {a.split("=")[0] for a in args}
     if not given & {"--model", "--preferences"}:
-        parser.set_defaults(**toy_defaults(Config))
+        parser.set_defaults(**toy_defaults(kind))
     if "--epochs" in given:
         parser.set_defaults(steps=None)  # the toy world's steps would win
     cfg, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
@@ -313,17 +316,17 @@ def parse(Config: type, args: Optional[list[str]] = None) -> Any:
     return cfg
 
 
-def toy_defaults(Config: type) -> dict:
-    """The defaults that differ in the toy world."""
-    return {f.name: f.metadata["help"].toy for f in fields(Config) if f.metadata["help"].toy is not None}
+def toy_defaults(kind: type) -> dict:
+    """The defaults that differ in the toy world, of this kind of config."""
+    return {f.name: f.metadata["help"].toy for f in fields(kind) if f.metadata["help"].toy is not None}
 
 
-def other_config(Config: type, cfg: Any, trained: dict) -> Any:
+def other_config(kind: type, cfg: Any, trained: dict) -> Any:
     """Another script's Config for the same run: cfg's shared flags, and `trained`'s or the default training flags."""
-    shared = {f.name: getattr(cfg, f.name) for f in fields(globals()["Config"]) if f.metadata["help"].of != "training"}
-    own = {f.name for f in fields(Config) if f.metadata["help"].of == "training"}
-    default = toy_defaults(Config) if cfg.toy else {}
-    return Config(**{**default, **shared, **{k: v for k, v in trained.items() if k in own}})
+    shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.metadata["help"].of != "training"}
+    own = {f.name for f in fields(kind) if f.metadata["help"].of == "training"}
+    default = toy_defaults(kind) if cfg.toy else {}
+    return kind(**{**default, **shared, **{k: v for k, v in trained.items() if k in own}})
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
@@ -342,18 +345,23 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 def settings(cfg: Config, *kinds: str, **more: Any) -> dict:
     """The flags of these kinds, and more, as a stage's record holds them; files stand as their fingerprints."""
     flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["help"].of in kinds}
-    for name in ("model", "preferences", "prompts", "samples", "reward_model", "judge"):
+    for name in ("model", "preferences", "responses", "prompts", "samples", "reward_model", "judge"):
         if flags.get(name):
             flags[name] = f"{flags[name]} {file_fingerprint(flags[name])}".strip()
     return {**flags, **more}
 
 
 def file_fingerprint(path: str) -> str:
-    """Of a file or folder: names, sizes and times of change, hashed; empty for what is not on disk (a Hub id)."""
+    """Of a file or folder: names, sizes, and each file's first and last megabyte, hashed; empty for a Hub id."""
     if not os.path.exists(path):
         return ""
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]
-    return fingerprint([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    found = []
+    for place in sorted(p for p in Path(path).rglob("*") if p.is_file()) if os.path.isdir(path) else [Path(path)]:
+        with open(place, "rb") as file:
+            start, size = file.read(2**20), place.stat().st_size
+            file.seek(max(0, size - 2**20))
+            found.append((place.name, size, hashlib.sha256(start + file.read()).hexdigest()))
+    return fingerprint(found)
 
 
 def fingerprint(what: Any) -> str:
@@ -850,14 +858,14 @@ def read_prompts(source: str, wanted: Callable[[Any], bool]) -> list:
 
 
 def split_prompts(cfg: Config, held_out: bool) -> list:
-    """Distinct prompts, the held-out ones or the others: of --prompts, of --preferences, or of the --samples file."""
+    """Distinct prompts, held out or not: of --prompts, of --preferences, or else of the --samples or --responses."""
     if cfg.prompts or not (cfg.preferences or cfg.toy):
-        found = read_prompts(cfg.prompts or cfg.samples,
+        found = read_prompts(cfg.prompts or cfg.samples or cfg.responses,
                              lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
     else:
         found = list({prompt_key(p.prompt): p.prompt for p in load_pairs(cfg)[held_out]}.values())
     require(bool(found),
-            f"{cfg.prompts or cfg.samples}: too few prompts to hold any out; give more or a larger --held_out")
+            f"{cfg.prompts or cfg.samples or cfg.responses}: too few prompts to hold any out; give more or a larger --held_out")
     return found
 
 
@@ -867,8 +875,9 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
 
 
 class Example(NamedTuple):
-    """Token ids of prompt and response, which starts at `prompt_length`.  `weight` multiplies its tokens' loss.
+    """Token ids of prompt and response, which starts at `prompt_length`.
 
+    `weight` is what each of its tokens counts in a step's denominator; in the numerator the kernel multiplies by it.
     `per_token` holds columns of numbers that each have one for each response token.
     """
     ids: list[int]
@@ -1230,7 +1239,8 @@ def save_folder(folder: Path, model: Any, tokenizer: Any, cfg: Config, card: str
 
 def save_policy(folder: Path, policy: torch.nn.Module, tokenizer: Any, cfg: Config, about: str, tag: str = "") -> None:
     """Writes the policy's folder; its model card opens with `about`, and shows what is written behind a prompt."""
-    card = MODEL_CARD.format(about=about, prompt=f"prompt + {tag!r}" if tag else "prompt")
+    tail = f" + tokenizer({tag!r}, add_special_tokens=False).input_ids" if tag else ""
+    card = MODEL_CARD.format(about=about, tag=tail)
     save_folder(folder, getattr(policy, "module", policy).model, tokenizer, cfg, card)
 
 
@@ -1241,10 +1251,11 @@ MODEL_CARD = """# An aligned policy
 Sampling by transformers alone:
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
-inputs = tokenizer({prompt}, return_tensors="pt")  # chat: apply_chat_template(..., tokenize=False) makes the prompt
-print(tokenizer.decode(model.generate(**inputs, do_sample=True, max_new_tokens=128)[0]))
+ids = tokenizer(prompt).input_ids{tag}  # of chat messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
 ```
 """
 
@@ -1262,8 +1273,9 @@ def trained(cfg: Config, algorithm: str, road: Road, train: Callable, *kinds: st
         seed_everything(cfg.seed)
         with new_folder(folder, wanted, cfg.resume) as work:
             with measured() as cost:
-                more = train(cfg, road.base, road.samples, work)
-            write_record(work / "run.json", wanted, cost, **(more or {}))
+                told = train(cfg, road.base, road.samples, work)
+            gc.collect()  # a sharded model is full of cycles, and evaluation needs the memory
+            write_record(work / "run.json", wanted, cost, **(told or {}))
     return str(folder), Cost(**read_record(folder / "run.json")["cost"])
 
 
@@ -1508,7 +1520,9 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("backward through a fused head loss twice: it keeps its gradients for one")
         grads, ctx.grads = ctx.grads, None
-        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads), None, *[None] * ctx.rows
+        if upstream.device.type != "cpu" or upstream != 1:  # a GPU would have to be waited for
+            grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads]
+        return *grads, None, *[None] * ctx.rows
 
 
 def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor,
@@ -1791,19 +1805,27 @@ def label(cfg: Config, base: str, score: Callable, path: Path, wanted: dict) -> 
 
 
 class Unlabelled(NamedTuple):
-    """A prompt with a response that people wrote, or, where that is None, with the seed of the one to be sampled."""
+    """A prompt with a response, or, where that is None, with the seed of the one to be sampled."""
     prompt: Any
     response: Optional[str]
     source: str
-    seed: int
+    seed: int = 0
+    truncated: bool = False
 
 
 def rows_to_label(cfg: Config) -> list[Unlabelled]:
-    """What --sources asks for: the responses that people wrote, and the base policy's own."""
+    """--responses, or what --sources asks for: the responses that people wrote, and the base policy's own."""
     rows, hidden = [], {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
+    if cfg.responses:
+        rows = [Unlabelled(prompt_of(place, row), response_of(place, row), str(row.get("source", "given")),
+                           truncated=bool(row.get("truncated", False)))
+                for file in data_files(cfg.responses) for place, row in read_rows(file)]
+        rows = [row for row in rows if prompt_hash(row.prompt) not in hidden]
+        require(bool(rows), f"{cfg.responses}: no response to a prompt that is not held out")
+        return rows
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
         pairs = load_pairs(cfg)[0]
-        rows = [Unlabelled(p.prompt, getattr(p, side), side, 0) for side in ("chosen", "rejected") for p in pairs
+        rows = [Unlabelled(p.prompt, getattr(p, side), side) for side in ("chosen", "rejected") for p in pairs
                 if prompt_hash(p.prompt) not in hidden]
     if "generated" in cfg.sources:
         rows += [Unlabelled(p, None, "generated", i) for i, p in
@@ -1826,7 +1848,7 @@ def respond(cfg: Config, tokenizer: Any, sampler: Callable, rows: list[Unlabelle
             text, cut = decode(tokenizer, reply), reply.truncated
         else:
             ids = next(written)
-            cut = len(ids) >= cfg.max_response_tokens  # no room left for EOS
+            cut = row.truncated or len(ids) >= cfg.max_response_tokens  # no room left for EOS
             text = tokenizer.decode(ids[:cfg.max_response_tokens]) if cut else row.response
         done.append({"prompt": row.prompt, "response": text, "source": row.source, "truncated": cut})
     return done
@@ -1860,6 +1882,8 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
 
     `cost` is the training's own; `needs` names the stages of samples.ledger that the algorithm could not do without.
     """
+    if not cfg.eval_prompts:
+        return
     base, samples = road.base, road.samples
     needed = {stage: samples.ledger[stage] for stage in needs if stage in samples.ledger}
     built = read_record(Path(base) / "run.json").get("cost")
@@ -1876,6 +1900,7 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
     wanted = {"setting": setting, "policy": policy_fingerprint(folder), "base": policy_fingerprint(base),
               "samples": samples.fingerprint, "scorer": samples.scorer}
     replies: dict[str, list[dict]] = {}
+    sampler = functools.lru_cache(maxsize=2)(lambda place: load_sampler(place, cfg)[0])
     for name, where, variant in [("base", base, Variant(""))] + [(algorithm, folder, v) for v in variants]:
         file = replies_file(Path(cfg.out), name, variant.name, cfg.seed)
         mine = {**wanted, "policy": policy_fingerprint(where)}
@@ -1884,13 +1909,13 @@ def evaluate(cfg: Config, algorithm: str, folder: str, variants: list[Variant], 
             replies[file.stem] = [r for _, r in read_rows(str(file))]
         else:
             with measured() as evaluation:
-                replies[file.stem] = ask(cfg, where, prompts, variant, road)
+                replies[file.stem] = ask(cfg, sampler, where, prompts, variant, road)
             write_text(file, (json.dumps(r, ensure_ascii=False) for r in replies[file.stem]))
             row = leaderboard_row(replies[file.stem], next(iter(replies.values()))) | {
                 "algorithm": name, "variant": variant.name, "seed": cfg.seed, "world_size": world_size(),
-                "asked": variant.asked, "judge": cfg.judge, **{f"{prefix}_{unit}": getattr(spent, unit)
-                                           for prefix, spent in zip(("train", "total"), totals[name])
-                                           for unit in ("seconds", "device_seconds", "flops", "generated_tokens")},
+                "asked": variant.asked, "judge": cfg.judge,
+                **{f"{prefix}_{unit}": getattr(spent, unit) for prefix, spent in zip(("train", "total"), totals[name])
+                   for unit in ("seconds", "device_seconds", "flops", "generated_tokens")},
                 "peak_memory_bytes": totals[name][0].peak_memory_bytes,
                 "ledger": {stage: asdict(c) for stage, c in {**ledgers[name], "evaluation": evaluation}.items()},
                 "checkpoint": str(where), **mine}
@@ -1910,17 +1935,16 @@ def row_key(row: dict) -> tuple:
     return row["algorithm"], row["variant"], row["seed"]
 
 
-def ask(cfg: Config, folder: str, prompts: list, variant: Variant, road: Road) -> list[dict]:
+def ask(cfg: Config, sampler: Callable, folder: str, prompts: list, variant: Variant, road: Road) -> list[dict]:
     """One response a prompt, with its reward z, gold (the toy world's truth, or the judge's raw score), and KL to base,
-    the difference of the sample's log-probs."""
-    model, tokenizer = load_sampler(folder, cfg)[0], load_tokenizer(road.base)  # a policy's chat template may differ
+    the difference of the sample's log-probs.  sampler(folder) brings a policy."""
+    model, tokenizer = sampler(folder), load_tokenizer(road.base)  # a policy's chat template may differ
     plain = encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
     asked = [p + bulk_encoder(tokenizer)([variant.suffix])[0] for p in plain]
     responses = sample(model, asked, cfg, seed=cfg.seed + 1_000_003, unconditional=plain, guidance=variant.guidance,
                        what="evaluating")
-    if folder != road.base:
-        model = load_model(road.base, compute_dtype(cfg))
-    reference = response_log_probs(model, [Example(p + r.ids, len(p)) for p, r in zip(plain, responses)], cfg)
+    examples = [Example(p + r.ids, len(p)) for p, r in zip(plain, responses)]
+    reference = response_log_probs(sampler(road.base), examples, cfg)
     texts, cut = [decode(tokenizer, r) for r in responses], [r.truncated for r in responses]
     unknown = [None] * len(texts)
     reward = road.samples.z(road.score(prompts, texts, cut)).tolist() if road.score else unknown
@@ -1996,6 +2020,7 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
     seconds of the wall, FLOPs of all ranks.  Raises BadInput after too many steps without a finite gradient.
     """
     state = {} if state is None else state
+    every = max(1, min(500, steps // 10)) if cfg.save_every is None else cfg.save_every
     before, start, pending, skipped = dict(_spent), time.perf_counter(), [], 0
     first, written = restore(folder, policy, optimizer, schedule, state)
     writer = tensorboard_writer(folder, first) if cfg.tensorboard else None
@@ -2030,7 +2055,7 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
             if pending:
                 flush()
             pending.append((step, values, seconds(), _spent["flops"] - before["flops"]))
-            if cfg.save_every and (step + 1) % cfg.save_every == 0 and step + 1 < steps:
+            if every and (step + 1) % every == 0 and step + 1 < steps:
                 flush()
                 file.flush()
                 if not skipped:

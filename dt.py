@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Config(common.Config):
     reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
                               toy="digit", of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=5e-3, of="training")
-    steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
+    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +141,7 @@ writes the condition itself: `apply_chat_template(messages, add_generation_promp
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row for each target to the leaderboard."""
-    road = reward_model.labelled_samples(cfg)
+    road = reward_model.prerequisites(cfg)
     folder, cost = common.trained(cfg, "dt", road, train)
     z = road.samples.z(road.samples.rewards)
     variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class Config(common.Config):
     keep: float = knob(0.1, "share of the samples that is kept, best first; 1.0 is plain SFT", of="training")
     per_prompt: bool = knob(False, "keep that share of each prompt's samples (one at least), not of all", of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
-    steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
+    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +97,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    road = reward_model.labelled_samples(cfg)
+    road = reward_model.prerequisites(cfg)
     name = "sft" if cfg.keep == 1 else "mle_filter"
     folder, cost = common.trained(cfg, name, road, train)
     variants = [common.Variant(f"keep {cfg.keep:g}" + " per prompt" * cfg.per_prompt)]

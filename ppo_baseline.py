@@ -3,7 +3,7 @@
     reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), and the score z of the response on its last token
     advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
-               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
+               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), plus the critic's squared error, minus an entropy bonus
 
 The online baseline: it learns from what it says itself, so that it generates, scores and learns in turn.  (Schulman et
 al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward, and beta that adapts:
@@ -51,7 +51,6 @@ class Config(common.Config):
     rollout_batch_size: int = knob(1024, "responses per iteration, all ranks together", toy=256, of="training")
     ppo_epochs: int = knob(4, "passes over an iteration's responses", of="training")
     critic_lr: float = knob(9e-6, "peak learning rate of the critic", toy=2e-3, of="training")
-    save_every: int = knob(10, "iterations between checkpoints, of which the last two are kept; 0 for none", toy=5)
     lr: float = knob(5e-7, "peak learning rate, falling to 0 in a line", toy=5e-4, of="training")
     epochs: int = knob(1, "responses to each training prompt, rounded up to whole iterations", of="training")
     steps: Optional[int] = knob(None, "iterations, in place of --epochs", toy=20, of="training")
@@ -300,7 +299,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callabl
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    road = reward_model.labelled_samples(cfg)
+    road = reward_model.prerequisites(cfg)
     common.require(road.score is not None,
                    "PPO scores what it samples: give --reward_model, or --preferences to train one on")
     common.require(road.samples.labelled_by == road.samples.scorer,

@@ -254,7 +254,7 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
     return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
 
 
-def labelled_samples(cfg: common.Config) -> Road:
+def prerequisites(cfg: common.Config) -> Road:
     """Base policy, reward model and labelled samples, each built where it is missing."""
     base = common.base_policy(cfg)
     judge = functools.partial(score, cfg, cfg.judge) if cfg.judge else None

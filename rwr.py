@@ -17,7 +17,7 @@ import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -33,7 +33,7 @@ class Config(common.Config):
                        of="training")
     w_max: float = knob(20.0, "cap on a weight; 0 for none", toy=0.0, of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
-    steps: int = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
+    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +99,7 @@ def train(cfg: Config, base: str, samples: Samples, folder: Path) -> None:
 
 def main(cfg: Config) -> None:
     """Builds what is missing, trains, and adds a row to the leaderboard."""
-    road = reward_model.labelled_samples(cfg)
+    road = reward_model.prerequisites(cfg)
     folder, cost = common.trained(cfg, "rwr", road, train)
     variants = [common.Variant(f"beta {cfg.beta:g}")]
     common.evaluate(cfg, "rwr", folder, variants, road, cost)

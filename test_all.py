@@ -1137,6 +1137,18 @@ def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run,
     assert "no reward model" in said and "rwr beta 0.25" in said
 
 
+def test_responses_that_others_wrote_are_labelled_and_trained_on(run, tmp_path):
+    rows = [{"prompt": f"Human: {i}\n\nAssistant:", "response": " yes" * (i % 3 + 1), "truncated": i % 2 == 0,
+             "source": "vllm"} for i in range(40)]
+    done = script("mle_filter.py", "--model", run[0] / "base", "--reward_model", run[0] / "rm", "--responses",
+                  write(tmp_path / "r.jsonl", *rows), "--out", tmp_path / "run", "--steps", "2", "--batch_size", "8",
+                  "--eval_prompts", "0", "--max_prompt_tokens", "64", "--max_response_tokens", "8", "--no_compile")
+    found = list(common.SampleFile(str(tmp_path / "run" / "samples.jsonl")))
+    given = {(row["prompt"], row["response"], row["source"], row["truncated"]) for row in rows}
+    assert len(found) > 20 and {(s.prompt, s.response, s.source, s.truncated) for s in found} < given
+    assert (tmp_path / "run" / "mle_filter").exists() and "gold" not in done.stdout, "0 prompts: no evaluation"
+
+
 @pytest.mark.parametrize("name, folder, flags", [
     ("rwr.py", "rwr", ["--batch_size", "8", "--lr", "1e-3"]),
     ("ppo_baseline.py", "ppo", ["--batch_size", "4", "--rollout_batch_size", "8", "--lr", "1e-4"]),

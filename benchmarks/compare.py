@@ -132,11 +132,12 @@ def on_training_prompts(seed: int, cfg: Config) -> float:
     """Gold of guided DT on the prompts that PPO's rollouts answer: like must be held against like."""
     flags = {**common.toy_defaults(dt.Config), "seed": seed, "out": str(Path(cfg.out) / f"seed{seed}")}
     run = dt.Config(**flags)
-    road = reward_model.labelled_samples(run)
+    road = reward_model.prerequisites(run)
     prompts = common.split_prompts(run, held_out=False)
     wish = dt.condition(dt.wish(TARGETS[-1], road.samples.z(road.samples.rewards)), run)
     variant = common.Variant("", wish, run.guidance)
-    replies = common.ask(run, f"{run.out}/dt", prompts * 4, variant, road._replace(score=None))
+    replies = common.ask(run, lambda place: common.load_sampler(place, run)[0], f"{run.out}/dt", prompts * 4, variant,
+                         road._replace(score=None))
     return float(np.mean([r["gold"] for r in replies]))
 
 

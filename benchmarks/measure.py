@@ -39,11 +39,16 @@ def synchronize() -> None:
 
 
 def in_turn(contenders: dict[str, Callable], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Calls every contender once (that first call compiles, and is told apart), then each in turn `repeats` times."""
+    """Calls every contender once (that first call compiles, and is told apart), then each in turn `repeats` times.
+
+    Each turn begins with another contender: who follows whom decides what is left in the caches and in the heap.
+    """
     first: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
-        for name, call in contenders.items():
+        order = list(contenders)
+        for name in order[turn % len(order):] + order[:turn % len(order)]:
+            call = contenders[name]
             synchronize()
             start = time.perf_counter()
             call()
