@@ -1142,7 +1142,7 @@ def test_responses_that_others_wrote_are_labelled_and_trained_on(run, tmp_path):
              "source": "vllm"} for i in range(40)]
     done = script("mle_filter.py", "--model", run[0] / "base", "--reward_model", run[0] / "rm", "--responses",
                   write(tmp_path / "r.jsonl", *rows), "--out", tmp_path / "run", "--steps", "2", "--batch_size", "8",
-                  "--eval_prompts", "0", "--max_prompt_tokens", "64", "--max_response_tokens", "8", "--no_compile")
+                  "--eval_prompts", "0", "--max_prompt_tokens", "64", "--max_response_tokens", "16", "--no_compile")
     found = list(common.SampleFile(str(tmp_path / "run" / "samples.jsonl")))
     given = {(row["prompt"], row["response"], row["source"], row["truncated"]) for row in rows}
     assert len(found) > 20 and {(s.prompt, s.response, s.source, s.truncated) for s in found} < given
