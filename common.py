@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 import zlib
 from array import array
 from collections import Counter
@@ -131,7 +132,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     script = Path(sys.argv[0]).name
     try:
         cfg = parse(kind, args)
-        quieten_transformers()
+        quieten_libraries()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -183,11 +184,12 @@ def locked(folder: Path) -> Iterator[None]:
                 shutil.rmtree(folder)
 
 
-def quieten_transformers() -> None:
-    """Its bars and load reports would drown the trainers' own lines; its errors stay."""
+def quieten_libraries() -> None:
+    """Their bars and reports would drown the trainers' own lines; their errors stay."""
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves its checkpoints alone
 
 
 def seed_everything(seed: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-svg { max-width: 100%; height: auto; }
+h1 { overflow-wrap: anywhere; }
+svg { width: 100%; height: auto; min-width: 36rem; }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: .5rem 1rem; margin: 1rem 0; }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .5rem; }
 .replies { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: .75rem; }
@@ -70,8 +72,8 @@ def table(rows: list[dict]) -> str:
     return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def picture(draw: Callable, width: float = 9, height: float = 3.6) -> str:
-    """What draw(pyplot, figure) draws, as SVG in colours that serve dark and light pages; empty without matplotlib."""
+def picture(draw: Callable, height: float = 3.6) -> str:
+    """What draw(figure) draws, as SVG in colours that serve dark and light pages; empty without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -82,12 +84,12 @@ def picture(draw: Callable, width: float = 9, height: float = 3.6) -> str:
     with plt.rc_context({"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
                          "ytick.color": grey, "axes.grid": True, "grid.alpha": 0.25, "legend.framealpha": 0,
                          "svg.hashsalt": "fixed", "legend.fontsize": 8}):
-        figure = plt.figure(figsize=(width, height), layout="constrained")
+        figure = plt.figure(figsize=(10, height), layout="constrained")
         draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    return "<p>" + buffer.getvalue()[buffer.getvalue().index("<svg"):] + "</p>"
+    return '<div class="wide">' + buffer.getvalue()[buffer.getvalue().index("<svg"):] + "</div>"
 
 
 def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
@@ -101,7 +103,7 @@ def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
                 axis.axhline(row[value], linestyle=":", color="#808080")
         axis.set_xlabel(label)
     figure.axes[0].set_ylabel(value)
-    figure.axes[-1].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
 
 
 def draw_asked(figure: Any, rows: list[dict]) -> None:
@@ -117,7 +119,8 @@ def draw_asked(figure: Any, rows: list[dict]) -> None:
 
 def draw_curves(figure: Any, curves: dict[str, list[dict]]) -> None:
     """Each training's loss, or PPO's score, step by step."""
-    for axis, name in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+    for i, name in enumerate(curves):
+        axis = figure.add_subplot(math.ceil(len(curves) / 3), 3, i + 1)
         value = "score" if "score" in curves[name][0] else "loss"
         axis.plot([s["step"] for s in curves[name]], [s[value] for s in curves[name]], linewidth=1)
         axis.set_title(name, fontsize=9), axis.set_xlabel("step"), axis.set_ylabel(value)
@@ -130,7 +133,8 @@ def draw_rewards(figure: Any, replies: dict[str, list[dict]]) -> None:
         values = [r["reward"] for r in rows if r["reward"] is not None]
         if values:
             axis.hist(values, bins=np.linspace(-4, 4, 41), histtype="step", density=True, label=name)
-    axis.set_xlabel("reward z of held-out replies"), axis.legend()
+    axis.set_xlabel("reward z of held-out replies")
+    figure.legend(loc="outside right upper")
 
 
 def conversations(replies: dict[str, list[dict]], count: int) -> str:
@@ -162,7 +166,8 @@ def main(cfg: Config) -> None:
                 ("Reward against compute", picture(lambda f: draw_compute(f, rows, value))
                  if all(r.get(value) is not None for r in rows) else ""),
                 ("Asked for and obtained", picture(lambda f: draw_asked(f, asked)) if asked else ""),
-                ("Training", picture(lambda f: draw_curves(f, curves), width=3 * len(curves)) if curves else ""),
+                ("Training", picture(lambda f: draw_curves(f, curves), height=2.4 * math.ceil(len(curves) / 3))
+                 if curves else ""),
                 ("Rewards", picture(lambda f: draw_rewards(f, replies))),
                 ("What each said", conversations(replies, cfg.conversations) if replies else "")]
     body = "".join(f"<section><h2>{head}</h2>{part}</section>" for head, part in sections if part)
