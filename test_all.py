@@ -1279,6 +1279,9 @@ def result(folder):
     return (folder / "model.safetensors").read_bytes(), [{k: v for k, v in x.items() if k not in clocks} for x in lines]
 
 
+KILLS = int(os.environ.get("KILLS", 6))  # KILLS=20 python -m pytest test_all.py -k killed: more of them than CI has
+
+
 def finish(command):
     """Runs a command to its end."""
     done = subprocess.run([str(a) for a in command], capture_output=True, text=True, timeout=280,
@@ -1309,7 +1312,7 @@ def killed_and_resumed(command, out, name, kills, rng, longest):
 
 
 @pytest.mark.parametrize("name, ranks, steps, every, kills", [
-    ("rwr", 1, 600, 5, 6), ("ppo", 1, 12, 1, 2), ("dt", 2, 150, 5, 2)])
+    ("rwr", 1, 100 * KILLS, 5, KILLS), ("ppo", 1, 12, 1, 2), ("dt", 2, 150, 5, 2)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(
         run, tmp_path, name, ranks, steps, every, kills):
     script = HERE / {"ppo": "ppo_baseline.py"}.get(name, f"{name}.py")
