@@ -136,7 +136,8 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=timedelta(minutes=getattr(cfg, "patience", 10)))
+            patience = timedelta(minutes=getattr(cfg, "patience", 10))
+            dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=patience)
         if not cfg.compile:
             torch.compiler.set_stance("force_eager")
         with locked(Path(cfg.out)) if isinstance(cfg, Config) and rank() == 0 else contextlib.nullcontext():
@@ -189,7 +190,7 @@ def quieten_libraries() -> None:
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves its checkpoints alone
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone
 
 
 def seed_everything(seed: int) -> None:
@@ -246,7 +247,7 @@ class Config:
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", of="samples")
     judge: Optional[str] = knob(None, "folder of a reward model that training never asks: its verdict is `gold`",
                                 of="evaluation")
-    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, taken round and round if there are fewer; 0: not",
+    eval_prompts: int = knob(256, "evaluate on so many held-out prompts, round and round if there are fewer; 0: not",
                              toy=512, of="evaluation")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", of="training")
     epochs: int = knob(1, "passes over the training examples", of="training")
@@ -861,13 +862,12 @@ def read_prompts(source: str, wanted: Callable[[Any], bool]) -> list:
 
 def split_prompts(cfg: Config, held_out: bool) -> list:
     """Distinct prompts, held out or not: of --prompts, of --preferences, or else of the --samples or --responses."""
+    source = cfg.prompts or cfg.preferences or cfg.samples or cfg.responses
     if cfg.prompts or not (cfg.preferences or cfg.toy):
-        found = read_prompts(cfg.prompts or cfg.samples or cfg.responses,
-                             lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
+        found = read_prompts(source, lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
     else:
         found = list({prompt_key(p.prompt): p.prompt for p in load_pairs(cfg)[held_out]}.values())
-    require(bool(found),
-            f"{cfg.prompts or cfg.samples or cfg.responses}: too few prompts to hold any out; give more or a larger --held_out")
+    require(bool(found), f"{source}: too few prompts to hold any out; give more or a larger --held_out")
     return found
 
 
@@ -1256,7 +1256,8 @@ Sampling by transformers alone:
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer(prompt).input_ids{tag}  # of chat messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+ids = tokenizer(prompt).input_ids{tag}
+# of chat messages: ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
 ```
 """
@@ -2037,19 +2038,18 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
 
         def flush() -> None:
             nonlocal skipped
-            step, values, took, spent = pending.pop()
-            *sums, flops = sum_over_ranks(*values.values(), spent)
-            numbers = {k: v / world_size() if math.isfinite(v) else None for k, v in zip(values, sums)}
+            step, values, took, flops = pending.pop()
+            numbers = averaged(values)
             skipped = skipped + 1 if numbers["grad_norm"] is None else 0
             if skipped:
                 print0(f"warning: step {step}: loss or gradient is not finite; the step is skipped")
-            line = {"step": step, **numbers, "seconds": round(took, 3), "flops": flops}
+            line = {"step": step, **numbers, "seconds": round(took, 3), "flops": sum_over_ranks(flops)[0]}
             file.write(json.dumps(line) + "\n")
-            for name, value in numbers.items() if writer else ():
-                writer.add_scalar(name, math.nan if value is None else value, step)
+            known = {name: value for name, value in numbers.items() if value is not None}
+            for name, value in known.items() if writer else ():
+                writer.add_scalar(name, value, step)
             bar.update(1)
-            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(numbers.items())[:4] if v is not None),
-                                refresh=False)
+            bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(known.items())[:4]), refresh=False)
             require(skipped < MOST_SKIPPED, f"{folder.parent}: {skipped} steps in a row, the last of them step {step}, "
                     "without a finite loss and gradient; lower --lr; the last checkpoint is from before")
 
@@ -2068,6 +2068,12 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
             flush()
     if writer:
         writer.close()
+
+
+def averaged(values: dict) -> dict:
+    """The values' means over ranks, None where one is not finite."""
+    sums = sum_over_ranks(*values.values())
+    return {name: total / world_size() if math.isfinite(total) else None for name, total in zip(values, sums)}
 
 
 def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, state: dict, step: int,

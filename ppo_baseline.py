@@ -3,7 +3,7 @@
     reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), and the score z of the response on its last token
     advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
-               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), plus the critic's squared error, minus an entropy bonus
+               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square and an entropy bonus
 
 The online baseline: it learns from what it says itself, so that it generates, scores and learns in turn.  (Schulman et
 al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward, and beta that adapts:
