@@ -1137,6 +1137,15 @@ def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run,
     assert "no reward model" in said and "rwr beta 0.25" in said
 
 
+def test_samples_load_with_datasets_and_come_back(run, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.load_dataset("json", data_files=str(run[0] / "samples.jsonl"), split="train",
+                                   cache_dir=str(tmp_path))
+    loaded.rename_column("response", "completion").to_json(str(tmp_path / "again.jsonl"))
+    ours, again = (common.SampleFile(str(path)) for path in (run[0] / "samples.jsonl", tmp_path / "again.jsonl"))
+    assert len(loaded) == len(ours) == len(again) and all(a == b for a, b in zip(ours, again))
+
+
 def test_responses_that_others_wrote_are_labelled_and_trained_on(run, tmp_path):
     rows = [{"prompt": f"Human: {i}\n\nAssistant:", "response": " yes" * (i % 3 + 1), "truncated": i % 2 == 0,
              "source": "vllm"} for i in range(40)]
