@@ -11,10 +11,12 @@ width, V vocabulary.  A *prompt* is a string, or a list of chat messages for the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -133,6 +135,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     try:
         cfg = parse(kind, args)
         quieten_libraries()
+        keep_freed_memory()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -193,6 +196,14 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone
 
 
+def keep_freed_memory() -> None:
+    """On a CPU, has glibc keep what tensors free for the next ones: the system's fresh pages take a tenth of a step."""
+    if device().type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # glibc's numbers for them, in malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, -1)
+
+
 def seed_everything(seed: int) -> None:
     """Seeds torch's generators, which initialise new weights; data and sampling carry generators of their own."""
     torch.manual_seed(seed)
@@ -225,8 +236,8 @@ class Config:
     """The flags that every script shares."""
     out: str = knob("runs/model", "the run's folder: stages are found there, or built", toy="runs/toy")
     model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it the toy world runs", of="data")
-    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected", of="data")
-    max_pairs: Optional[int] = knob(None, "use at most so many preference pairs", of="data")
+    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected, or ranked", of="data")
+    max_pairs: Optional[int] = knob(None, "use at most so many preferences, pairs as a rule", of="data")
     held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split",
                            of="data")
     max_prompt_tokens: int = knob(1024, "longer prompts are cut on the left", toy=64, of="data")
@@ -492,13 +503,13 @@ class Cost:
         return Cost(**{**sums, "peak_memory_bytes": max(self.peak_memory_bytes, other.peak_memory_bytes)})
 
 
-def count_flops(model: torch.nn.Module, rows: int, queries: int, keys: int, head_rows: int, passes: int = 1) -> None:
-    """Adds one call of a transformer to the ledger: `queries` new positions a row, each against `keys` positions.
+def count_flops(model: torch.nn.Module, positions: int, pairs: int, head_rows: int, passes: int = 1) -> None:
+    """Adds one call of a transformer to the ledger: new positions, pairs of them and what each attends to, head rows.
 
-    Forward, a weight costs 2 FLOPs a position, and attention's two products 4 a layer, query, key and unit of width;
-    backward costs twice as much again (passes=3).  The input embedding is a look-up and costs nothing; the head costs
-    only on the rows where it runs; masked positions count like others.  (Kaplan et al. 2020, arXiv 2001.08361, section
-    2.1.)  What gradient checkpointing recomputes is not counted.
+    Forward, a weight costs 2 FLOPs a position, and attention's two products 4 a layer, pair and unit of width; backward
+    costs twice as much again (passes=3).  The input embedding is a look-up and costs nothing; the head costs only on
+    the rows where it runs; masked pairs count like others.  (Kaplan et al. 2020, arXiv 2001.08361, section 2.1.)  What
+    gradient checkpointing recomputes is not counted.
     """
     body, shape = model.base_model, model.config
     if not hasattr(model, "_body_parameters"):
@@ -506,8 +517,8 @@ def count_flops(model: torch.nn.Module, rows: int, queries: int, keys: int, head
     heads = getattr(shape, "num_attention_heads", 0)  # a model without attention has none
     width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // max(heads, 1))
     head = model.get_output_embeddings()
-    _spent["flops"] += passes * (2 * model._body_parameters * rows * queries
-                                 + 4 * shape.num_hidden_layers * width * rows * queries * keys
+    _spent["flops"] += passes * (2 * model._body_parameters * positions
+                                 + 4 * shape.num_hidden_layers * width * pairs
                                  + (2 * head.weight.numel() * head_rows if head is not None else 0))
 
 
@@ -673,16 +684,16 @@ def encode_responses(tokenizer: Any, responses: list[str], max_tokens: int,
 
 
 # ---------------------------------------------------------------------------------------------------------- data
-# Preference pairs in three shapes: full transcripts (Anthropic's HH), prompt/chosen/rejected strings, chat messages.
+# Preferences in four shapes: full transcripts (Anthropic's HH), prompt/chosen/rejected strings, chat messages, and
+# prompt/ranked, a list of responses, best first.
 
 TURN = "\n\nAssistant:"
 
 
-class Pair(NamedTuple):
-    """A prompt, the response that people preferred, and the other."""
+class Ranking(NamedTuple):
+    """A prompt and two responses or more, the one that people liked best first."""
     prompt: Any
-    chosen: str
-    rejected: str
+    responses: tuple[str, ...]
 
 
 def read_rows(path: str) -> Iterator[tuple[str, dict]]:
@@ -794,17 +805,30 @@ def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
     return value[:-1], value[-1]["content"]
 
 
-def load_pairs(cfg: Config) -> tuple[list[Pair], list[Pair]]:
-    """Preference pairs for training and held out, split by prompt.  Pairs without a difference to learn are left out.
+def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
+    """Preferences for training and held out, split by prompt.  Those without a difference to learn are left out.
 
     Files named test, valid… or eval… are the held-out split; without one, prompts are held out by hash and seed.
     """
-    return read_pairs(str(toy_data(cfg)) if cfg.toy else cfg.preferences, cfg.held_out, cfg.seed, cfg.max_pairs)
+    source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
+    return read_preferences(source, cfg.held_out, cfg.seed, cfg.max_pairs)
+
+
+def ranking_of(place: str, row: dict) -> Optional[Ranking]:
+    """A row's preference, checked; None if its sides differ in more than the last response."""
+    if "ranked" in row:
+        ranked = field_of(place, row, "ranked", (list,), "a list of responses, best first")
+        require(len(ranked) > 1 and all(isinstance(text, str) for text in ranked),
+                f"{place}: the field 'ranked' must be a list of two texts or more, best first")
+        return Ranking(prompt_of(place, row), tuple(ranked))
+    (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
+    return Ranking(prompt, (chosen, rejected)) if prompt == other else None
 
 
 @functools.lru_cache(maxsize=2)
-def read_pairs(source: str, share: float, seed: int, max_pairs: Optional[int]) -> tuple[list[Pair], list[Pair]]:
-    """load_pairs, for one source; read once however many stages ask for it."""
+def read_preferences(source: str, share: float, seed: int,
+                     most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
+    """load_preferences, for one source; read once however many stages ask for it."""
     train, test, prompts_differ, empty = [], [], 0, 0
     files = data_files(source)
     root = os.path.commonpath([os.path.dirname(f) for f in files])
@@ -812,26 +836,26 @@ def read_pairs(source: str, share: float, seed: int, max_pairs: Optional[int]) -
     has_split = any(is_test.values()) and not all(is_test.values())
     for file in files:
         for place, row in read_rows(file):
-            (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
-            if prompt != other:
+            ranking = ranking_of(place, row)
+            if ranking is None:
                 prompts_differ += 1
-            elif not chosen.strip() or not rejected.strip():
+            elif not all(text.strip() for text in ranking.responses):
                 empty += 1
             else:
-                hidden = is_test[file] if has_split else is_held_out(prompt, share, seed)
-                (test if hidden else train).append(Pair(prompt, chosen, rejected))
+                hidden = is_test[file] if has_split else is_held_out(ranking.prompt, share, seed)
+                (test if hidden else train).append(ranking)
     seen = {prompt_key(p.prompt) for p in test}
     leaked = len(train) - len(train := [p for p in train if prompt_key(p.prompt) not in seen])
     for count, why in ((prompts_differ, "differ in more than the last response"), (empty, "have an empty response"),
                        (leaked, "have a prompt of the test split")):
         if count:
-            print0(f"  {source}: {count} pairs {why}; left out")
-    require(bool(train), f"{source}: no usable preference pair")
-    require(bool(test), f"{source}: no pair is held out for evaluation; give more data or a larger --held_out")
+            print0(f"  {source}: {count} preferences {why}; left out")
+    require(bool(train), f"{source}: no usable preference")
+    require(bool(test), f"{source}: no preference is held out for evaluation; give more data or a larger --held_out")
     order = random.Random(seed)
     order.shuffle(train), order.shuffle(test)
-    print0(f"  {source}: {len(train)} pairs to train on, {len(test)} held out, split by prompt")
-    return train[:max_pairs], test
+    print0(f"  {source}: {len(train)} preferences to train on, {len(test)} held out, split by prompt")
+    return train[:most], test
 
 
 def prompt_key(prompt: Any) -> str:
@@ -866,7 +890,7 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
     if cfg.prompts or not (cfg.preferences or cfg.toy):
         found = read_prompts(source, lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
     else:
-        found = list({prompt_key(p.prompt): p.prompt for p in load_pairs(cfg)[held_out]}.values())
+        found = list({prompt_key(p.prompt): p.prompt for p in load_preferences(cfg)[held_out]}.values())
     require(bool(found), f"{source}: too few prompts to hold any out; give more or a larger --held_out")
     return found
 
@@ -927,13 +951,17 @@ class Examples:
 
 @dataclass
 class MicroBatch:
-    """What one forward takes.  Position t predicts token t + 1: there stand that token's target, mask and reward."""
-    input_ids: torch.Tensor  # (B, T) int64, padded on the right: causal attention needs no mask
-    targets: torch.Tensor    # (B, T) int64
-    mask: torch.Tensor       # (B, T) bool, the response mask, EOS included
-    reward: torch.Tensor     # (B, T) float32, the sequence's reward at each position
-    rows: torch.Tensor       # (N,) int64, where the mask is true in the flattened (B * T,)
-    per_token: list          # of (B, T) float32, the examples' columns, 0 outside the mask
+    """What one forward takes: sequences end to end, without padding; T tokens in all.
+
+    Position t predicts token t + 1: there stand that token's target, mask and reward.
+    """
+    input_ids: torch.Tensor  # (T,) int64
+    lengths: list[int]       # of the sequences
+    targets: torch.Tensor    # (T,) int64; a sequence's last position has none, and holds anything
+    mask: torch.Tensor       # (T,) bool, the response mask, EOS included
+    reward: torch.Tensor     # (T,) float32, the sequence's reward at each position
+    rows: torch.Tensor       # (N,) int64, where the mask is true
+    per_token: list          # of (T,) float32, the examples' columns, 0 outside the mask
 
 
 @dataclass
@@ -944,29 +972,22 @@ class Batch:
     normaliser: float   # Σ weight * response tokens, over all ranks, / ranks: DDP averages gradients over ranks
 
 
-def pad_right(rows: list[list[int]]) -> torch.Tensor:
-    """Token ids (B, T) int64, padded on the right to the longest row; causal attention never looks at the padding."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        ids[i, :len(row)] = torch.as_tensor(row)
-    return ids
-
-
 def collate(examples: list[Example]) -> MicroBatch:
-    """Examples as tensors, padded on the right to the longest; an example without response tokens adds no row."""
-    ids = pad_right([e.ids for e in examples])          # (B, T)
-    mask = torch.zeros_like(ids, dtype=torch.bool)      # (B, T)
-    columns = torch.zeros(len(examples[0].per_token), *ids.shape)       # (columns, B, T)
-    for i, e in enumerate(examples):
-        response = slice(e.prompt_length - 1, len(e.ids) - 1)
-        mask[i, response] = True
+    """Examples as tensors, end to end; an example without response tokens adds no row."""
+    lengths = [len(e.ids) for e in examples]
+    ids = torch.tensor([token for e in examples for token in e.ids])        # (T,)
+    mask = torch.zeros(len(ids), dtype=torch.bool)                          # (T,)
+    columns = torch.zeros(len(examples[0].per_token), len(ids))             # (columns, T)
+    end = 0
+    for e in examples:
+        start, end = end + e.prompt_length - 1, end + len(e.ids)
+        mask[start:end - 1] = True
         for column, numbers in zip(columns, e.per_token):
-            column[i, response] = torch.as_tensor(numbers, dtype=torch.float32)
-    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32)[:, None].expand_as(ids)  # -> (B, T)
-    rows = mask.flatten().nonzero().squeeze(1)
-    tensors = (t.to(device(), non_blocking=True) for t in (ids, ids.roll(-1, 1), mask, reward, rows, columns))
-    *rest, columns = tensors
-    return MicroBatch(*rest, list(columns))
+            column[start:end - 1] = torch.as_tensor(numbers, dtype=torch.float32)
+    reward = torch.tensor([e.reward for e in examples], dtype=torch.float32).repeat_interleave(torch.tensor(lengths))
+    rows = mask.nonzero().squeeze(1)
+    ids, *rest, columns = (t.to(device(), non_blocking=True) for t in (ids, ids.roll(-1), mask, reward, rows, columns))
+    return MicroBatch(ids, lengths, *rest, list(columns))
 
 
 def count_steps(examples: int, cfg: Config) -> int:
@@ -984,10 +1005,10 @@ def step_indices(examples: int, cfg: Config, first: int = 0) -> Iterator[tuple[i
         yield step, order[start:start + cfg.batch_size].tolist()
 
 
-def cut_by_tokens(lengths: list[int], budget: int, enough: int = 2048) -> list[list[int]]:
+def cut_by_tokens(lengths: list[int], budget: int, enough: float = math.inf) -> list[list[int]]:
     """Indices into lengths, longest first, cut so that rows * longest row <= budget, one row at least.
 
-    A group of `enough` tokens, padding included, is cut off where the next row is a fifth shorter: it would be padding.
+    For who pads: a group of `enough` tokens is cut off where the next row is a fifth shorter, and would be padding.
     """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -1053,7 +1074,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
     with hub_errors(name, "a causal language model"):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(where or device())
     prove_head(name, model)
-    return without_dropout(model).eval()
+    return without_padding(without_dropout(model)).eval()
 
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
@@ -1063,6 +1084,105 @@ def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model
+
+
+def without_padding(model: Any) -> Any:
+    """The model, made to read sequences that lie end to end, if it proves to read each as if it were alone.
+
+    A state-space layer, say, would carry one sequence's state into the next: such a model gets its sequences padded.
+    """
+    before = model.config._attn_implementation
+    if before != "sdpa":
+        return model
+    register_attention()
+    ids, lengths = torch.arange(24, device=model.device) % model.config.vocab_size, [9, 15]
+    small = next((p for p in model.parameters() if p.dim() == 1), model.get_input_embeddings().weight)
+    with torch.enable_grad(), autocast(torch.bfloat16 if model.device.type == "cuda" else torch.float32):
+        apart = hidden_states(model, ids, lengths)
+        model.config._attn_implementation = END_TO_END
+        try:
+            together = hidden_states(model, ids, lengths)
+            grads = [torch.autograd.grad(hidden[:, ::2].float().sum(), small)[0] for hidden in (apart, together)]
+            proven = all((ours - theirs).norm() < 0.05 * theirs.norm()
+                         for ours, theirs in ((together, apart), reversed(grads)))
+        except Exception:  # whatever the code of some other architecture raises
+            proven = False
+    model.config._attn_implementation = END_TO_END if proven else before
+    return model
+
+
+END_TO_END = "end_to_end"  # what transformers calls attention(), below
+
+
+@functools.cache
+def register_attention() -> None:
+    """Makes attention() known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    AttentionInterface.register(END_TO_END, attention)
+    AttentionMaskInterface.register(END_TO_END, sdpa_mask)
+
+
+def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+              attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, **more: Any) -> tuple:
+    """torch's attention, (B, heads, T, D) -> (B, T, heads, D), but for two cases.
+
+    A mask of integers holds the lengths of sequences that lie end to end (B = 1): each attends to itself alone.  One new
+    token's query heads that share a key are read as so many positions of one head: torch would copy the whole cache for
+    each.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    b, heads, t, width = query.shape
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return attend_apart(query, key, value, attention_mask.flatten().tolist(), scaling, more), None
+    if t > 1 or heads == key.shape[1]:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+    packed = query.reshape(b, key.shape[1], -1, width)                          # (B, key heads, heads a key, D)
+    said = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
+    return said.reshape(b, 1, heads, -1), None                                  # (B, 1, heads, D)
+
+
+def attend_apart(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int],
+                 scaling: Optional[float], more: dict) -> torch.Tensor:
+    """Causal attention within each sequence: (1, heads, T, D), T the sum of the lengths -> (1, T, heads, D)."""
+    longest = max(lengths)
+    window = more.get("sliding_window") or longest
+    if query.device.type == "cuda" and value.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn
+        group = query.shape[1] // key.shape[1]
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))               # (T, heads, D)
+        starts = cumulative(tuple(lengths), query.device)
+        return varlen_attn(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), starts, starts, longest,
+                           longest, scale=scaling, window_size=(window - 1 if window < longest else -1, 0))[None]
+    said = []  # in float32 on a CPU, whose bfloat16 kernel takes up to twice as long for sequences of a few hundred
+    wide = torch.float32 if value.device.type == "cpu" and value.dtype == torch.bfloat16 else value.dtype
+    with torch.autocast(value.device.type, enabled=False):
+        for q, k, v in zip(*(x.to(wide).split(lengths, dim=2) for x in (query, key, value))):       # (1, heads, t, D)
+            t = q.shape[2]
+            band = torch.ones(t, t, dtype=torch.bool, device=q.device).tril().triu(1 - window) if t > window else None
+            said.append(torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, band, is_causal=band is None, scale=scaling, enable_gqa=True).transpose(1, 2))
+    return torch.cat(said, dim=1).to(value.dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def cumulative(lengths: tuple, where: torch.device) -> torch.Tensor:
+    """Where sequences that lie end to end start, and the last one ends: int32 (S + 1,); the same for every layer."""
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(where, non_blocking=True)
+
+
+def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], head_rows: int = 0,
+                  passes: int = 1) -> torch.Tensor:
+    """The body's last hidden states (T, D) of sequences that lie end to end, ids (T,); counted, with the head's rows."""
+    if model.config._attn_implementation == END_TO_END:
+        count_flops(model, len(ids), sum(n * n for n in lengths), head_rows, passes)
+        position = torch.cat([torch.arange(n) for n in lengths]).to(ids.device, non_blocking=True)
+        return model.base_model(input_ids=ids[None], position_ids=position[None], use_cache=False,
+                                attention_mask=torch.tensor(lengths)[None, None, None]).last_hidden_state[0]
+    padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)  # on the right: needs no mask
+    count_flops(model, padded.numel(), padded.numel() * max(lengths), head_rows, passes)
+    hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state                  # (S, longest, D)
+    return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
 
 
 def autocast(dtype: torch.dtype) -> Any:
@@ -1080,13 +1200,10 @@ class Policy(torch.nn.Module):
             recompute_activations(model)
 
     def forward(self, micro: MicroBatch, kernel: Callable, *rows: torch.Tensor) -> torch.Tensor:
-        """The kernel's loss, summed over the rows of the response mask: a float32 scalar.  `rows` are (B, T)."""
-        b, t = micro.input_ids.shape
-        count_flops(self.model, b, t, t, len(micro.rows), passes=3)
+        """The kernel's loss, summed over the rows of the response mask: a float32 scalar.  `rows` are (T,)."""
         with autocast(self.dtype):
-            hidden = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-            hidden = hidden.flatten(0, 1)[micro.rows]                                                 # (N, D)
-            return head_loss(kernel, hidden, self.model, *(r.flatten()[micro.rows] for r in rows))
+            hidden = hidden_states(self.model, micro.input_ids, micro.lengths, len(micro.rows), passes=3)   # (T, D)
+            return head_loss(kernel, hidden[micro.rows], self.model, *(r[micro.rows] for r in rows))        # (N, ...)
 
 
 def load_policy(name: str, cfg: Config) -> Any:
@@ -1098,7 +1215,8 @@ def load_policy(name: str, cfg: Config) -> Any:
 
 def recompute_activations(model: Any) -> None:
     """Backward computes the blocks' activations again, so that forward need not keep them."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # since 5.24
+    enable({"use_reentrant": False})
 
 
 def load_sampler(name: str, cfg: Config, trained: bool = False) -> tuple[Any, Any]:
@@ -1142,6 +1260,7 @@ def read_once(load: Callable, cfg: Config) -> Any:
 
 def hollow(kind: type, config: Any) -> Any:
     """A model of this class and shape whose weights take no memory."""
+    register_attention()
     with torch.device("meta"):
         return kind(config)
 
@@ -1310,47 +1429,17 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
     done: dict[int, Response] = {}
     with progress(None, what, total=len(share), unit="row") as bar:
         tokens, start = 0, time.perf_counter()
-        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens, enough=4 * cfg.micro_batch_tokens):
+        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
             draws = (np.random.Generator(np.random.Philox(key=[seed, seeds[share[i]]])) for i in group)
             uniform = np.stack([row.random(cfg.max_response_tokens) for row in draws])
-            with packed_heads(model):
-                responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
-                                          guidance)
+            responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
+                                      guidance)
             done.update((group[i], r) for i, r in enumerate(responses))
             tokens += sum(len(r.ids) for r in responses)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
             bar.update(len(group))
     _spent["generated_tokens"] += tokens
     return gather_rows({share[i]: response for i, response in done.items()}, len(prompts))
-
-
-@contextlib.contextmanager
-def packed_heads(model: Any) -> Iterator[None]:
-    """Lets attention read a new token's query heads that share a key as so many positions of one head.
-
-    torch's attention would first copy the keys and values of the whole cache for each query head.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
-
-    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                  attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, **more: Any) -> tuple:
-        b, heads, t, width = query.shape
-        if t > 1 or heads == key.shape[1]:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
-        packed = query.reshape(b, key.shape[1], -1, width)                      # (B, key heads, heads a key, D)
-        said = torch.nn.functional.scaled_dot_product_attention(packed, key, value, attention_mask, scale=scaling)
-        return said.reshape(b, 1, heads, -1), None                              # (B, 1, heads, D)
-    before = model.config._attn_implementation
-    if before == "sdpa":
-        AttentionInterface.register("packed_heads", attention)
-        AttentionMaskInterface.register("packed_heads", sdpa_mask)
-        model.config._attn_implementation = "packed_heads"
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
 
 
 def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
@@ -1381,9 +1470,9 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
                 mask, position = mask[stay], position[stay]
                 cache.batch_select_indices(stay)
         position, mask = position + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        count_flops(model, len(mask), 1, mask.shape[1], len(mask))
+        count_flops(model, len(mask), mask.numel(), len(mask))
         logits = model(input_ids=token.repeat(halves)[:, None], attention_mask=mask, position_ids=position,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()   # (B, V)
+                       use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1].float()  # (B, V)
     lengths = ((said == model.config.eos_token_id).cumsum(1) == 0).sum(1) + 1
     return [Response(ids[:n], lp[:n], not end) for ids, lp, n, end in
             zip(said.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
@@ -1392,31 +1481,46 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
 def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """Reads the prompts: logits behind each (B, V), a cache with room for the responses, its padding mask (B, T).
 
-    Prompts of like length are read together, so that little padding is, and their caches laid side by side, padded on
-    the left.  Where a layer's cache is of a kind of its own (a sliding window), all are read as one.
+    A prompt that comes several times is read once.  Prompts of like length are read together, so that little padding
+    is, and their caches laid side by side, padded on the left.  Where a layer's cache is of a kind of its own (a sliding
+    window), all are read as one.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
     width = max(map(len, prompts))
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())      # (B, T)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    texts, copies = list(distinct), [[] for _ in distinct]
+    for i, prompt in enumerate(prompts):
+        copies[distinct[tuple(prompt)]].append(i)
     whole, logits = DynamicCache(config=model.config), [torch.empty(0)] * len(prompts)
     plain = all(type(layer) is DynamicLayer for layer in whole.layers)
-    budget, enough = (cfg.micro_batch_tokens, 2048) if plain else [len(prompts) * width] * 2
-    for group in cut_by_tokens([len(p) for p in prompts], budget, enough):
-        longest = len(prompts[group[0]])
-        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in group], device=device())
-        seen = mask[group, width - longest:]                                                            # (b, t)
+    budget, enough = (cfg.micro_batch_tokens, 2048) if plain else (math.inf, math.inf)
+    for group in cut_by_tokens([len(p) for p in texts], budget, enough):
+        longest = len(texts[group[0]])
+        ids = torch.tensor([[0] * (longest - len(texts[i])) + [*texts[i]] for i in group], device=device())
+        rows = [i for text in group for i in copies[text]]                      # of the whole
+        like = [i for i, text in enumerate(group) for _ in copies[text]]        # and which of the group's they are
+        seen = mask[[copies[text][0] for text in group], width - longest:]                              # (b, t)
         part = DynamicCache(config=model.config) if plain else whole
-        count_flops(model, *ids.shape, longest, len(group))
+        count_flops(model, ids.numel(), ids.numel() * longest, len(group))
         read = model(input_ids=ids, attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-                     past_key_values=part, use_cache=True, logits_to_keep=1).logits[:, -1].float()      # (b, V)
-        for i, row in zip(group, read):
-            logits[i] = row
+                     use_cache=True, logits_to_keep=1, **cache_argument(model, part)).logits[:, -1].float()  # (b, V)
+        for i, j in zip(rows, like):
+            logits[i] = read[j]
         for layer, one in zip(whole.layers, part.layers) if plain else ():
             if not layer.is_initialized:
                 _make_room(layer, one, len(prompts), width, cfg.max_response_tokens)
-            layer.keys[group, :, width - longest:], layer.values[group, :, width - longest:] = one.keys, one.values
+            layer.keys[rows, :, width - longest:], layer.values[rows, :, width - longest:] = one.keys[like], one.values[like]
+    if not plain:
+        place = dict(zip(rows, like))
+        whole.batch_select_indices(torch.tensor([place[i] for i in range(len(prompts))], device=device()))
     return torch.stack(logits), whole, mask
+
+
+def cache_argument(model: Any, cache: Any) -> dict:
+    """The cache under the name that the model's forward has for it: transformers 5.24 calls it otherwise than 5.17."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def _make_room(layer: Any, like: Any, rows: int, width: int, more: int) -> None:
@@ -1605,11 +1709,9 @@ def each_response_token(compute: Callable, examples: list[Example], cfg: Config)
 def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list[list[float]]:
     """Each response token's log-prob at cfg.temperature, in the examples' order on every rank."""
     def compute(micro: MicroBatch) -> torch.Tensor:
-        b, t = micro.input_ids.shape
-        count_flops(model, b, t, t, len(micro.rows))
-        hidden = model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state     # (B, T, D)
-        hidden = hidden.flatten(0, 1)[micro.rows] * head_scale(model)                               # (N, D)
-        head, targets = model.get_output_embeddings(), micro.targets.flatten()[micro.rows]
+        hidden = hidden_states(model, micro.input_ids, micro.lengths, len(micro.rows))              # (T, D)
+        hidden, targets = hidden[micro.rows] * head_scale(model), micro.targets[micro.rows]         # (N, D), (N,)
+        head = model.get_output_embeddings()
         parts = [-negative_log_likelihood(logits, targets[part], cfg.temperature or 1.0) for part, logits in
                  logit_chunks(hidden, head.weight, getattr(head, "bias", None))]
         return torch.cat(parts) if parts else torch.zeros(0)
@@ -1827,9 +1929,9 @@ def rows_to_label(cfg: Config) -> list[Unlabelled]:
         require(bool(rows), f"{cfg.responses}: no response to a prompt that is not held out")
         return rows
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        pairs = load_pairs(cfg)[0]
-        rows = [Unlabelled(p.prompt, getattr(p, side), side) for side in ("chosen", "rejected") for p in pairs
-                if prompt_hash(p.prompt) not in hidden]
+        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in hidden]
+        rows = [Unlabelled(prompt, responses[0], "chosen") for prompt, responses in rankings]
+        rows += [Unlabelled(prompt, text, "rejected") for prompt, responses in rankings for text in responses[1:]]
     if "generated" in cfg.sources:
         rows += [Unlabelled(p, None, "generated", i) for i, p in
                  enumerate(p for p in split_prompts(cfg, held_out=False) for _ in range(cfg.samples_per_prompt))]
@@ -2267,19 +2369,19 @@ def base_policy(cfg: Config) -> str:
         return cfg.model
     folder, wanted = Path(cfg.out) / "base", settings(cfg, "data")
     if not is_fresh("base policy", folder / "run.json", wanted):
-        pairs, _ = load_pairs(cfg)
+        rankings, _ = load_preferences(cfg)
         with new_folder(folder, wanted, cfg.resume) as work:
             with measured() as cost:
-                train_toy_base(cfg, pairs, work)
+                train_toy_base(cfg, rankings, work)
             write_record(work / "run.json", wanted, cost)
     return str(folder)
 
 
-def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
+def train_toy_base(cfg: Config, rankings: list[Ranking], folder: Path) -> None:
     """A two-layer Llama and its byte-level BPE, from nothing, by maximum likelihood of all responses."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     if rank() == 0:
-        texts = [p.prompt + r for p in pairs for r in (p.chosen, p.rejected)]
+        texts = [prompt + text for prompt, responses in rankings for text in responses]
         GPT2TokenizerFast().train_new_from_iterator(texts, 640, show_progress=False).save_pretrained(folder)
     barrier()
     tokenizer = load_tokenizer(str(folder))
@@ -2289,8 +2391,8 @@ def train_toy_base(cfg: Config, pairs: list[Pair], folder: Path) -> None:
         max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
     cfg = other_config(Config, cfg, {"lr": 5e-3, "steps": 600, "batch_size": 32})
-    prompts = encode_prompts(tokenizer, [p.prompt for p in pairs for _ in range(2)], cfg.max_prompt_tokens)
-    responses = encode_responses(tokenizer, [r for p in pairs for r in (p.chosen, p.rejected)], cfg.max_response_tokens)
+    prompts = encode_prompts(tokenizer, [r.prompt for r in rankings for _ in r.responses], cfg.max_prompt_tokens)
+    responses = encode_responses(tokenizer, [text for r in rankings for text in r.responses], cfg.max_response_tokens)
     examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
     cfg.sharding = "ddp"
     policy = distributed(Policy(model.to(device()), cfg), cfg)

@@ -123,14 +123,14 @@ class ActorCritic(common.Policy):
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
-        return (self.critic(micro.input_ids, micro.rows) - self.mean) / self.std
+        return (self.critic(micro.input_ids, micro.lengths, micro.rows) - self.mean) / self.std
 
     def forward(self, micro: MicroBatch, kernel: Callable, value_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's loss and the value loss, each summed over the response tokens: float32 scalars."""
-        old_log_prob, advantage, old_value, returns = micro.per_token                                   # (B, T) each
+        old_log_prob, advantage, old_value, returns = micro.per_token                                   # (T,) each
         surrogate = super().forward(micro, kernel, micro.targets, micro.mask, old_log_prob, advantage)
-        old_value, returns = (x.flatten()[micro.rows] for x in (old_value, returns))                    # (N,)
-        return surrogate, clipped_value_loss(self.values(micro), old_value, returns, value_clip).sum()
+        errors = clipped_value_loss(self.values(micro), old_value[micro.rows], returns[micro.rows], value_clip)  # (N,)
+        return surrogate, errors.sum()
 
 
 class Rollout(NamedTuple):

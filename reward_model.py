@@ -1,11 +1,12 @@
 """Bradley-Terry reward model: a scalar head on the base policy, taught by which of two responses people preferred.
 
-    P(chosen > rejected) = sigma(r_c - r_r)
-    L = mean over pairs of  -log sigma(r_c - r_r - margin) + centering * (r_c + r_r)^2
+    P(better > worse) = sigma(r_b - r_w)
+    L = mean over prompts of the mean over their pairs of  -log sigma(r_b - r_w - margin) + centering * (r_b + r_w)^2
 
-(Stiennon et al. 2020, arXiv 2009.01325, equation 1; the margin is Llama 2's, the centering Eisenstein et al.'s, arXiv
-2312.09244.)  The score is read at a response's last token, EOS where it has one.  The folder it leaves is an
-AutoModelForSequenceClassification with num_labels=1.  Left out: ensembles, and ranks of more than two responses.
+A prompt with K ranked responses has K (K - 1) / 2 pairs, and each response is read once; chosen and rejected are K = 2.
+(Stiennon et al. 2020, arXiv 2009.01325, equation 1; K > 2: Ouyang et al. 2022, arXiv 2203.02155, equation 1; the margin
+is Llama 2's, the centering Eisenstein et al.'s, arXiv 2312.09244.)  The score is read at a response's last token, EOS
+where it has one.  The folder it leaves is an AutoModelForSequenceClassification with num_labels=1.  Left out: ensembles.
 
     python reward_model.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 reward_model.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
@@ -13,6 +14,7 @@ AutoModelForSequenceClassification with num_labels=1.  Left out: ensembles, and 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 import common
-from common import Cost, Pair, Road, knob, print0
+from common import Cost, Ranking, Road, knob, print0
 
 
 @dataclass
@@ -32,7 +34,7 @@ class Config(common.Config):
     centering: float = knob(0.0, "pull of a pair's scores towards 0 (0.01 is usual)", of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=300, of="training")
-    batch_size: int = knob(64, "preference pairs per optimiser step, all ranks together", toy=16, of="training")
+    batch_size: int = knob(64, "prompts with ranked responses per optimiser step, all ranks together", toy=16, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,17 +43,20 @@ class Config(common.Config):
 
 
 @common.compiled
-def bradley_terry_(scores: torch.Tensor, margin: float, centering: float) -> torch.Tensor:
-    """scores (P, 2), chosen and rejected, become d loss / d scores in place; returns each pair's loss (P,).
+def bradley_terry_(scores: torch.Tensor, signs: torch.Tensor, weight: torch.Tensor, margin: float,
+                   centering: float) -> torch.Tensor:
+    """scores (R,) of responses become d loss / d scores in place; returns each pair's loss (P,).
 
-    loss = -log sigma(d) + centering * s^2 with d = r_c - r_r - margin, s = r_c + r_r, in float32 (float64 for float64).
+    loss = weight * (-log sigma(d) + centering * s^2) with d = r_better - r_worse - margin, s = r_better + r_worse, in
+    float32 (float64 for float64).  A pair's row of signs (P, R) is 1 at its better response, -1 at its worse, else 0.
     """
     r = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    d, s = r[:, 0] - r[:, 1] - margin, r[:, 0] + r[:, 1]
-    slope = -torch.sigmoid(-d)                                            # d(-log sigma(d)) / dd
-    pull = 2 * centering * s
-    scores.copy_(torch.stack([slope + pull, -slope + pull], dim=1))
-    return torch.nn.functional.softplus(-d) + centering * s.square()
+    signs = signs.to(r.dtype)                                             # (P, R)
+    d, s = signs @ r - margin, signs.abs() @ r                            # (P,) each
+    slope = -torch.sigmoid(-d) * weight                                   # d loss / d d
+    pull = 2 * centering * s * weight                                     # d loss / d s
+    scores.copy_(signs.T @ slope + signs.abs().T @ pull)
+    return weight * (torch.nn.functional.softplus(-d) + centering * s.square())
 
 
 class RewardModel(torch.nn.Module):
@@ -61,89 +66,96 @@ class RewardModel(torch.nn.Module):
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T), padded on the right, and where to read in the flattened (B * T,) -> float32 scores (N,)."""
-        b, t = input_ids.shape
-        common.count_flops(self.model, b, t, t, 0, passes=3 if torch.is_grad_enabled() else 1)
+    def forward(self, input_ids: torch.Tensor, lengths: list[int], rows: torch.Tensor) -> torch.Tensor:
+        """Token ids (T,) of sequences of these lengths, end to end, and where to read in them -> float32 scores (N,)."""
         with common.autocast(self.dtype):
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
-        hidden = hidden.flatten(0, 1)[rows]                                                         # (N, D)
-        return hidden.float() @ self.model.score.weight.float()[0]
+            hidden = common.hidden_states(self.model, input_ids, lengths,
+                                          passes=3 if torch.is_grad_enabled() else 1)               # (T, D)
+        return hidden[rows].float() @ self.model.score.weight.float()[0]                            # (N,)
 
 
-class EncodedPair(NamedTuple):
-    """Token ids of prompt + chosen and of prompt + rejected."""
-    chosen: list[int]
-    rejected: list[int]
-
-
-class PairBatch(NamedTuple):
-    """What one forward takes: P pairs as 2 P rows, each pair's chosen before its rejected."""
-    input_ids: torch.Tensor  # (2 P, T) int64, padded on the right: causal attention needs no mask
-    last: torch.Tensor       # (2 P,) int64, where each row's last token stands in the flattened (2 P * T,)
-    weight: torch.Tensor     # (P,) float32, the pair's share in the mean; 0 where a rank only keeps the others company
+class RankingBatch(NamedTuple):
+    """What one forward takes: R responses, each behind its prompt, end to end, and the P pairs that are compared."""
+    input_ids: torch.Tensor  # (T,) int64
+    lengths: list[int]       # (R,), of prompt and response
+    last: torch.Tensor       # (R,) int64, where each one's last token stands
+    signs: torch.Tensor      # (P, R) float32, 1 at a pair's better response, -1 at its worse
+    weight: torch.Tensor     # (P,) float32, a pair's share in the mean; 0 where a rank only keeps the others company
     tokens: int              # real ones, prompts and responses
 
 
-def prepare(pairs: list[Pair], tokenizer: Any, cfg: Config) -> list[EncodedPair]:
-    """Preference pairs -> token ids, prompt and responses cut alike."""
-    prompts = common.encode_prompts(tokenizer, [p.prompt for p in pairs], cfg.max_prompt_tokens)
-    chosen, rejected = (common.encode_responses(tokenizer, [getattr(p, side) for p in pairs], cfg.max_response_tokens)
-                        for side in ("chosen", "rejected"))
-    return [EncodedPair(p + c, p + r) for p, c, r in zip(prompts, chosen, rejected)]
+def prepare(rankings: list[Ranking], tokenizer: Any, cfg: Config) -> list[list[list[int]]]:
+    """Ranked responses -> for each prompt the token ids of prompt and response, best first, all cut alike."""
+    prompts = common.encode_prompts(tokenizer, [ranking.prompt for ranking in rankings], cfg.max_prompt_tokens)
+    responses = iter(common.encode_responses(tokenizer, [text for ranking in rankings for text in ranking.responses],
+                                             cfg.max_response_tokens))
+    return [[prompt + next(responses) for _ in ranking.responses] for prompt, ranking in zip(prompts, rankings)]
 
 
-def ids_and_last(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids as (B, T), and the place of each row's last token in the flattened (B * T,): (B,)."""
-    ids = common.pad_right(rows)
-    last = torch.tensor([i * ids.shape[1] + len(row) - 1 for i, row in enumerate(rows)])
-    return ids.to(common.device()), last.to(common.device())
+def end_to_end(rows: list[list[int]]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    """Token ids as (T,), the rows' lengths, and where each row's last token stands: (R,)."""
+    lengths = [len(row) for row in rows]
+    ids, last = torch.tensor([token for row in rows for token in row]), torch.tensor(lengths).cumsum(0) - 1
+    return ids.to(common.device()), lengths, last.to(common.device())
 
 
-def batches(pairs: list[Pair], tokenizer: Any, cfg: Config, first: int = 0) -> Iterator[tuple[int, list[PairBatch]]]:
-    """This rank's micro-batches of each step from the `first` on.  A step's loss is the mean over its pairs, all ranks
-    together."""
-    for at, indices in common.step_indices(len(pairs), cfg, first):
-        step = prepare([pairs[i] for i in indices], tokenizer, cfg)
+def collate(rankings: list[list[list[int]]], share: float) -> RankingBatch:
+    """Encoded rankings as tensors; `share` is what each prompt counts in the mean."""
+    pairs, weight, start = [], [], 0
+    for rows in rankings:
+        own = list(itertools.combinations(range(start, start + len(rows)), 2))  # best first: (better, worse)
+        pairs, weight, start = pairs + own, weight + [share / len(own)] * len(own), start + len(rows)
+    signs = torch.zeros(len(pairs), start)                                      # (P, R)
+    for row, (better, worse) in zip(signs, pairs):
+        row[better], row[worse] = 1, -1
+    rows = [row for rows in rankings for row in rows]
+    return RankingBatch(*end_to_end(rows), signs.to(common.device()), torch.tensor(weight, device=common.device()),
+                        tokens=sum(map(len, rows)) if share else 0)
+
+
+def batches(rankings: list[Ranking], tokenizer: Any, cfg: Config,
+            first: int = 0) -> Iterator[tuple[int, list[RankingBatch]]]:
+    """This rank's micro-batches of each step from the `first` on.  A step's loss is the mean over its prompts, all
+    ranks together."""
+    for at, indices in common.step_indices(len(rankings), cfg, first):
+        step = prepare([rankings[i] for i in indices], tokenizer, cfg)
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
-        yield at, [PairBatch(*ids_and_last([side for i in hand or [0] for side in step[i]]),
-                             weight=torch.full((len(hand or [0]),), share if hand else 0.0, device=common.device()),
-                             tokens=sum(len(side) for i in hand for side in step[i]))
-                   for hand in common.deal([2 * max(map(len, pair)) for pair in step], cfg.micro_batch_tokens)]
+        hands = common.deal([len(rows) * max(map(len, rows)) for rows in step], cfg.micro_batch_tokens)
+        yield at, [collate([step[i] for i in hand], share) if hand else collate(step[:1], 0.0) for hand in hands]
 
 
 def train(cfg: Config, base: str, folder: Path) -> None:
     """Trains the reward model, from the base policy's weights, into the folder."""
     common.seed_everything(cfg.seed)
-    pairs, _ = common.load_pairs(cfg)
+    rankings, _ = common.load_preferences(cfg)
     tokenizer = padding_tokenizer(base)
     model = common.read_once(functools.partial(new_classifier, base, tokenizer), cfg)
     if cfg.gradient_checkpointing:
         common.recompute_activations(model)
     reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)), cfg)
-    steps = common.count_steps(len(pairs), cfg)
+    steps = common.count_steps(len(rankings), cfg)
     optimizer, schedule = common.make_optimizer(reward_model, cfg, steps)
-    common.print_plan(len(pairs), cfg)
+    common.print_plan(len(rankings), cfg)
 
     with common.training(folder, reward_model, optimizer, schedule, steps, cfg) as (first, log):
-        for step, micros in batches(pairs, tokenizer, cfg, first):
+        for step, micros in batches(rankings, tokenizer, cfg, first):
             loss, accuracy, lr = 0.0, 0.0, schedule.get_last_lr()[0]
             for micro in common.accumulate(reward_model, micros):
-                scores = reward_model(micro.input_ids, micro.last).view(-1, 2)          # (2 P,) -> (P, 2)
+                scores = reward_model(micro.input_ids, micro.lengths, micro.last)                   # (R,)
                 gradient = scores.detach().clone()
-                losses = common.run_kernel(bradley_terry_, gradient, cfg.margin, cfg.centering)     # (P,)
-                scores.backward(gradient * micro.weight[:, None])
-                loss += losses @ micro.weight
-                accuracy += (scores[:, 0] > scores[:, 1]).float() @ micro.weight
+                loss += common.run_kernel(bradley_terry_, gradient, micro.signs, micro.weight, cfg.margin,
+                                          cfg.centering).sum()
+                accuracy += (micro.signs @ scores.detach() > 0).float() @ micro.weight
+                scores.backward(gradient)
             grad_norm = common.update([reward_model], optimizer, schedule, loss)
             log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=lr,
                 tokens=sum(micro.tokens for micro in micros) * common.world_size())
-    common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, pairs=len(pairs)))
+    common.save_folder(folder, model, tokenizer, cfg, CARD.format(base=base, prompts=len(rankings)))
 
 
 CARD = """# A Bradley-Terry reward model
 
-Trained from `{base}` on {pairs} preference pairs. The score of a response is read at its last token, EOS:
+Trained from `{base}` on the ranked responses to {prompts} prompts. The score of a response is read at its last token, EOS:
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -176,7 +188,7 @@ def new_classifier(base: str, tokenizer: Any, where: torch.device) -> Any:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.pad_token_id = tokenizer.pad_token_id
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    return common.without_dropout(model).to(where)
+    return common.without_padding(common.without_dropout(model).to(where))
 
 
 def load_classifier(folder: str, dtype: torch.dtype, where: torch.device) -> Any:
@@ -186,7 +198,7 @@ def load_classifier(folder: str, dtype: torch.dtype, where: torch.device) -> Any
         model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs a sequence classifier with num_labels=1 and a `score` head")
-    return common.without_dropout(model).to(where).eval()
+    return common.without_padding(common.without_dropout(model).to(where)).eval()
 
 
 @functools.lru_cache(maxsize=2)
@@ -195,7 +207,7 @@ def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
     return RewardModel(load_classifier(folder, dtype, common.device()), dtype), common.load_tokenizer(folder)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], truncated: list[bool]) -> list[float]:
     """The reward model's raw scores, in the rows' order on every rank; a row's score does not depend on its batch."""
     model, tokenizer = load_scorer(folder, common.compute_dtype(cfg))
@@ -205,19 +217,27 @@ def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], 
     found: dict[int, float] = {}
     groups = common.cut_by_tokens([len(rows[i]) for i in share], 4 * cfg.micro_batch_tokens)
     for group in common.progress(groups, "scoring"):
-        found.update(zip((share[i] for i in group), model(*ids_and_last([rows[share[i]] for i in group])).tolist()))
+        found.update(zip((share[i] for i in group), model(*end_to_end([rows[share[i]] for i in group])).tolist()))
     return common.gather_rows(found, len(rows))
 
 
-def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
-    """Accuracy on held-out pairs: overall, by margin against what sigma(margin) promises, and of length alone."""
-    chosen, rejected = (np.array(score(cfg, folder, [p.prompt for p in pairs], [getattr(p, side) for p in pairs],
-                                       [False] * len(pairs)))
-                        for side in ("chosen", "rejected"))
-    margin, right = np.abs(chosen - rejected), chosen > rejected
-    longer = np.array([np.sign(len(p.chosen) - len(p.rejected)) / 2 + 0.5 for p in pairs]).mean()
-    error = right.std() / math.sqrt(len(pairs))
-    print0(f"  held-out pairs: {len(pairs)}, accuracy {right.mean():.3f} ± {error:.3f}; control: "
+def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
+    """Accuracy on held-out preferences: overall, by margin against what sigma(margin) promises, of length alone.
+
+    Each prompt counts alike, however many pairs it has.
+    """
+    rows = [(ranking.prompt, text) for ranking in rankings for text in ranking.responses]
+    scores = iter(score(cfg, folder, *zip(*rows), [False] * len(rows)))
+    margins, longer, weight = [], [], []
+    for ranking in rankings:
+        pairs = list(itertools.combinations([(next(scores), len(text)) for text in ranking.responses], 2))
+        margins += [better - worse for (better, _), (worse, _) in pairs]
+        longer += [np.sign(b - w) / 2 + 0.5 for (_, b), (_, w) in pairs]
+        weight += [1 / len(pairs)] * len(pairs)
+    margin, right, weight = np.abs(margins), np.array(margins) > 0, np.array(weight)
+    accuracy, longer = float(np.average(right, weights=weight)), float(np.average(longer, weights=weight))
+    error = math.sqrt(accuracy * (1 - accuracy) / len(rankings))
+    print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± {error:.3f}; control: "
            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     bins = []
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
@@ -228,8 +248,8 @@ def report(cfg: common.Config, folder: str, pairs: list[Pair]) -> dict:
                          "promised": float((1 / (1 + np.exp(-margin[inside]))).mean())})
             print0("    margin {} to {}: {pairs:5} pairs, accuracy {accuracy:.2f}, promised {promised:.2f}".format(
                 low, high, **bins[-1]))
-    return {"held_out_pairs": len(pairs), "accuracy": float(right.mean()), "longer_wins": float(longer),
-            "by_margin": bins}
+    return {"held_out_pairs": len(margin), "held_out_prompts": len(rankings), "accuracy": accuracy,
+            "longer_wins": longer, "by_margin": bins}
 
 
 def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[str, Cost]:
@@ -250,7 +270,7 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
                 train(own, base, work)
             load_scorer.cache_clear()
             common.write_record(work / "run.json", wanted, cost,
-                                report=report(cfg, str(work), common.load_pairs(cfg)[1]))
+                                report=report(cfg, str(work), common.load_preferences(cfg)[1]))
     return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
 
 

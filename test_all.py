@@ -70,7 +70,12 @@ def tiny_model(bias=False, tied=True, dtype=torch.float64, **more):
                                          **more)).to(dtype)
     if bias:
         model.lm_head.bias = torch.nn.Parameter(torch.randn(V, dtype=dtype))
-    return model.eval()
+    return common.without_padding(model.eval())
+
+
+def logits_of(model, batch):
+    """The logits (T, V) of a micro-batch's sequences, each read by itself."""
+    return torch.cat([model(ids[None]).logits[0] for ids in batch.input_ids.split(batch.lengths)])
 
 
 def examples(n=7, seed=0):
@@ -145,14 +150,29 @@ def test_fused_kernels_work_in_bfloat16_with_float32_loss(name):
 
 
 @pytest.mark.parametrize("margin, centering", [(0.0, 0.0), (0.5, 0.01)])
-def test_pairwise_kernel_equals_float64_autograd(margin, centering):
-    scores = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    expected = (-torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1] - margin) + centering * scores.sum(1) ** 2)
-    expected.sum().backward()
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (4,), (3, 2)])
+def test_reward_model_kernel_equals_float64_autograd_over_all_pairs_of_a_ranking(margin, centering, sizes):
+    """Each ranking is a mean over its pairs: 1 / (K choose 2) each."""
+    rankings = [[[5, 6, i] for i in range(k)] for k in sizes]
+    batch = reward_model.collate(rankings, 1.0)
+    scores = torch.randn(sum(sizes), dtype=torch.float64, requires_grad=True)
+    expected, start = [], 0
+    for k in sizes:
+        pairs = [(scores[start + i], scores[start + j]) for i in range(k) for j in range(i + 1, k)]
+        expected += [(-torch.nn.functional.logsigmoid(better - worse - margin) + centering * (better + worse) ** 2)
+                     / len(pairs) for better, worse in pairs]
+        start += k
+    torch.stack(expected).sum().backward()
     gradient = scores.detach().clone()
-    torch.testing.assert_close(reward_model.bradley_terry_(gradient, margin, centering), expected.detach())
-    torch.testing.assert_close(gradient, scores.grad)
-    torch.testing.assert_close(reward_model.bradley_terry_(torch.zeros(1, 2), 0.0, 0.0), torch.tensor([math.log(2)]))
+    losses = reward_model.bradley_terry_(gradient, batch.signs, batch.weight.double(), margin, centering)
+    torch.testing.assert_close(losses, torch.stack(expected).detach(), rtol=1e-6, atol=1e-7)  # weights are float32
+    torch.testing.assert_close(gradient, scores.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_reward_model_loss_starts_at_ln_2():
+    batch = reward_model.collate([[[5, 6], [5, 7]], [[5, 8, 9], [5, 4], [5, 3]]], 0.5)
+    losses = reward_model.bradley_terry_(torch.zeros(5), batch.signs, batch.weight, 0.0, 0.0)
+    torch.testing.assert_close(losses.sum(), torch.tensor(math.log(2)))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -189,7 +209,7 @@ def test_policy_gradient_equals_plain_autograd(tied):
     policy(batch, mle_filter.masked_nll_, batch.targets, batch.mask).backward()
     ours = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    logits = model(batch.input_ids).logits[batch.mask]
+    logits = logits_of(model, batch)[batch.mask]
     torch.nn.functional.cross_entropy(logits, batch.targets[batch.mask], reduction="sum").backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad)
@@ -210,7 +230,7 @@ def test_logits_scaled_by_the_model_are_served():
     model.config.logit_scale = 0.5
     policy = common.Policy(model, config())
     loss = policy(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
-    expected = torch.nn.functional.cross_entropy(0.5 * model(batch.input_ids).logits[batch.mask],
+    expected = torch.nn.functional.cross_entropy(0.5 * logits_of(model, batch)[batch.mask],
                                                  batch.targets[batch.mask], reduction="sum")
     torch.testing.assert_close(loss, expected)
     with pytest.raises(BadInput, match="logits are not hidden states times head"):
@@ -302,11 +322,56 @@ def test_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, monke
     assert (found - whole).norm() < 1e-6 * whole.norm()  # the model's norms are float32
 
 
-def test_loss_does_not_depend_on_padding():
+def test_loss_does_not_depend_on_what_else_is_in_the_batch():
     model = tiny_model()
     loss = [common.Policy(model, config())(b, mle_filter.masked_nll_, b.targets, b.mask)
             for b in (common.collate(examples(3)), common.collate(examples(3) + [Example([1] * 40, 40)]))]
     torch.testing.assert_close(*loss)
+
+
+def gpt2():
+    """A model with learnt absolute positions, and a mask of its own making."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=D, n_layer=2, n_head=2, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_model(num_key_value_heads=1), lambda: mistral(), lambda: gpt2()],
+                         ids=["heads that share a key", "sliding window", "GPT-2"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_sequences_end_to_end_are_read_as_if_each_were_alone(build, recomputed):
+    """Hidden states and gradients, without a padded position and with the right count of FLOPs."""
+    model = common.without_padding(common.without_dropout(build())).train()
+    assert model.config._attn_implementation == common.END_TO_END
+    if recomputed:
+        common.recompute_activations(model)
+    batch, gradients = common.collate(examples(5)), []
+    for read in (lambda: common.hidden_states(model, batch.input_ids, batch.lengths),
+                 lambda: torch.cat([model.base_model(input_ids=ids[None]).last_hidden_state[0]
+                                    for ids in batch.input_ids.split(batch.lengths)])):
+        model.zero_grad()
+        hidden = read()
+        hidden[:, ::2].sum().backward()  # all of a row squared is the norm layer's constant
+        gradients.append([hidden.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(monkeypatch):
+    model = tiny_model()
+    model.config._attn_implementation = "sdpa"
+    seen = []
+
+    def leaky(query, key, value, lengths, scaling, more):
+        seen.append(lengths)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    monkeypatch.setattr(common, "attend_apart", leaky)
+    assert common.without_padding(model).config._attn_implementation == "sdpa" and seen
+    batch = common.collate(examples(5))
+    loss = common.Policy(model, config())(batch, mle_filter.masked_nll_, batch.targets, batch.mask)
+    expected = torch.nn.functional.cross_entropy(logits_of(model, batch)[batch.mask], batch.targets[batch.mask],
+                                                 reduction="sum")
+    torch.testing.assert_close(loss, expected)
 
 
 def test_order_of_the_data_comes_from_the_seed_alone():
@@ -402,10 +467,10 @@ def test_boundary_between_prompt_and_response_is_exact(tokenizer):
     assert batch.targets[batch.mask].tolist() == r[0], "the loss is over the response and its EOS, and nothing else"
 
 
-def test_padding_never_makes_eos_disappear_from_the_loss(tokenizer):
-    eos = tokenizer.eos_token_id  # 0, which is also what collate pads with
+def test_eos_never_disappears_from_the_loss(tokenizer):
+    eos = tokenizer.eos_token_id  # 0, which is also what models without END_TO_END are padded with
     batch = common.collate([Example([5, 6, 7, eos], 2), Example([5, 6, 7, 8, 9, 10, eos], 2)])
-    assert [row[m].tolist() for row, m in zip(batch.targets, batch.mask)] == [[7, eos], [7, 8, 9, 10, eos]]
+    assert batch.targets[batch.mask].tolist() == [7, eos, 7, 8, 9, 10, eos]
 
 
 def test_cut_responses_carry_no_eos_and_long_prompts_are_cut_on_the_left(tokenizer, capsys):
@@ -459,11 +524,30 @@ def test_sampler_log_probs_equal_an_unpadded_forward(temperature, tokens_togethe
         np.testing.assert_allclose(again, expected, atol=1e-4)
 
 
-def test_sampling_leaves_the_models_attention_as_it_was():
-    model = tiny_model(dtype=torch.float32, num_key_value_heads=1)
-    before = model.config._attn_implementation
-    common.sample(model, PROMPTS, config(max_response_tokens=3), seed=0)
-    assert model.config._attn_implementation == before == "sdpa"
+def test_a_saved_model_names_no_attention_of_ours(tmp_path):
+    from transformers import AutoModelForCausalLM
+    model = tiny_model(dtype=torch.float32)
+    assert model.config._attn_implementation == common.END_TO_END
+    model.save_pretrained(tmp_path)
+    assert common.END_TO_END not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("model", [lambda: tiny_model(dtype=torch.float32), mistral], ids=["plain", "sliding window"])
+def test_a_prompt_that_comes_several_times_is_read_once_and_sampled_each_time(model):
+    model, cfg = model(), config(max_response_tokens=9)
+    several = [p for p in PROMPTS for _ in range(3)]
+    before = common._spent["flops"]
+    common.sample(model, PROMPTS, config(max_response_tokens=1), seed=3)
+    once = common._spent["flops"] - before
+    responses = common.sample(model, several, config(max_response_tokens=1), seed=3)
+    assert common._spent["flops"] - before == pytest.approx(2 * once)
+    responses = common.sample(model, several, cfg, seed=3)
+    assert len({tuple(r.ids) for r in responses[:3]}) > 1
+    for i, response in enumerate(responses):
+        alone, = common.sample(model, [several[i]], cfg, seed=3, seeds=[i])
+        assert alone.ids == response.ids
+        np.testing.assert_allclose(alone.log_probs, response.log_probs, atol=1e-4)
 
 
 def test_a_token_without_probability_is_never_drawn():
@@ -627,10 +711,10 @@ def test_three_shapes_of_preference_data_give_the_same_pairs(tmp_path, name):
                  {"prompt": turns, "chosen": reply[0], "rejected": reply[1]},
                  {"prompt": "Hi", "chosen": turns + reply[0], "rejected": turns + reply[1]},
                  *({"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(20)))
-    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     pairs = train + held_out
     assert len(pairs) == 25 and sum(p.prompt == turns for p in pairs) == 3
-    assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == {("yes", "no")}
+    assert {tuple(text.strip() for text in p.responses) for p in pairs} == {("yes", "no")}
     assert TRANSCRIPT.format(1, "")[:-1] in [p.prompt for p in pairs]
 
 
@@ -648,22 +732,22 @@ def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", {"chosen": TRANSCRIPT.format(1, "a"), "rejected": TRANSCRIPT.format(2, "b")},
                  {"prompt": "x", "chosen": "a", "rejected": " "},
                  *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)))
-    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     said = capsys.readouterr().out
-    assert len(train) + len(held_out) == 20 and "1 pairs differ" in said and "1 pairs have an empty response" in said
+    assert len(train) + len(held_out) == 20 and "1 preferences differ" in said and "1 preferences have an empty response" in said
 
 
 def test_train_and_held_out_share_no_prompt(tmp_path):
     path = write(tmp_path / "p.jsonl", *({"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"}
                                          for i in range(90)))
-    train, held_out = common.load_pairs(config(model="m", preferences=path, held_out=0.3))
+    train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     assert not {p.prompt for p in train} & {p.prompt for p in held_out} and len(train) + len(held_out) == 90
 
 
 def test_rows_in_are_rows_out(run):
     rows = common.SampleFile(str(run[0] / "samples.jsonl"))
-    train, _ = common.load_pairs(config(out=str(run[0])))
-    assert [r.response for r in rows if r.source == "chosen"] == [p.chosen for p in train]
+    train, _ = common.load_preferences(config(out=str(run[0])))
+    assert [r.response for r in rows if r.source == "chosen"] == [p.responses[0] for p in train]
     assert sum(r.source == "rejected" for r in rows) == len(train) == 4000
     record = json.loads((run[0] / "samples.json").read_text())
     assert record["mean"] == pytest.approx(np.mean([r.reward for r in rows])) and record["rows"] == len(rows)
@@ -720,7 +804,7 @@ def test_given_samples_are_never_trained_on_with_held_out_prompts(tmp_path):
 def test_a_file_named_test_is_the_held_out_split(tmp_path):
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "chosen": "a", "rejected": "b"} for i in range(5)))
-    train, held_out = common.load_pairs(config(model="m", preferences=str(tmp_path)))
+    train, held_out = common.load_preferences(config(model="m", preferences=str(tmp_path)))
     assert {p.prompt for p in held_out} == {f"test{i}" for i in range(5)} and len(train) == 5
 
 
@@ -761,7 +845,7 @@ def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
                                            "prompt of 'chosen' is empty")])
 def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
     with pytest.raises(BadInput, match=message):
-        common.load_pairs(config(model="m", preferences=write(tmp_path / "p.jsonl", row)))
+        common.load_preferences(config(model="m", preferences=write(tmp_path / "p.jsonl", row)))
 
 
 def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
@@ -769,10 +853,10 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
                                             for i in range(99)])
     Path(path).write_bytes(Path(path).read_bytes()[:-200])
     with pytest.raises(BadInput, match="gzip file is broken"):
-        common.load_pairs(config(model="m", preferences=path))
-    with pytest.raises(BadInput, match="no usable preference pair"):
+        common.load_preferences(config(model="m", preferences=path))
+    with pytest.raises(BadInput, match="no usable preference"):
         empty = write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"})
-        common.load_pairs(config(model="m", preferences=empty))
+        common.load_preferences(config(model="m", preferences=empty))
 
 
 FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"),
@@ -1207,14 +1291,14 @@ def step_gradient(folder, name, sharding, tokens, rows):
     if name == "reward_model":
         load = functools.partial(reward_model.load_classifier, str(rewards), torch.float32)
         module = common.distributed(reward_model.RewardModel(common.read_once(load, cfg), torch.float32), cfg)
-        pairs = [reward_model.EncodedPair(e.ids, e.ids[:3] + [4] * i) for i, e in enumerate(UNEVEN[-rows:])]
-        with mock.patch.object(reward_model, "prepare", lambda pairs, *_: pairs):
-            (_, micros), = reward_model.batches(pairs, None, cfg)
+        rankings = [[e.ids, e.ids[:3] + [4] * i, [7] * 5][:2 + i % 2] for i, e in enumerate(UNEVEN[-rows:])]
+        with mock.patch.object(reward_model, "prepare", lambda rankings, *_: rankings):
+            (_, micros), = reward_model.batches(rankings, None, cfg)
         for micro in common.accumulate(module, micros):
-            scores = module(micro.input_ids, micro.last).view(-1, 2)
+            scores = module(micro.input_ids, micro.lengths, micro.last)
             gradient = scores.detach().clone()
-            reward_model.bradley_terry_(gradient, 0.0, 0.01)
-            scores.backward(gradient * micro.weight[:, None])
+            reward_model.bradley_terry_(gradient, micro.signs, micro.weight, 0.0, 0.01)
+            scores.backward(gradient)
     elif name == "ppo_baseline":
         policy = common.read_once(functools.partial(common.load_model, str(model)), cfg)
         load = functools.partial(reward_model.load_classifier, str(rewards), torch.float32)
@@ -1458,7 +1542,7 @@ def test_five_hundred_malformed_files_give_rows_or_one_sentence(tmp_path):
     for number in range(500):
         path = tmp_path / f"{number}.jsonl{'.gz' * (rng.random() < 0.3)}"
         path.write_bytes(malformed(rng))
-        for read in (lambda: list(common.SampleFile(str(path))), lambda: common.read_pairs(str(path), 0.5, 0, None),
+        for read in (lambda: list(common.SampleFile(str(path))), lambda: common.read_preferences(str(path), 0.5, 0, None),
                      lambda: common.read_prompts(str(path), lambda prompt: True)):
             try:
                 read()

@@ -103,9 +103,9 @@ def main(cfg: Config) -> None:
         run = common.Config(model=cfg.model, preferences=cfg.preferences, dtype=dtype, batch_size=cfg.batch_size,
                             max_prompt_tokens=cfg.max_prompt_tokens, max_response_tokens=cfg.max_response_tokens,
                             micro_batch_tokens=cfg.micro_batch_tokens)
-        tokenizer, pairs = common.load_tokenizer(cfg.model), common.load_pairs(run)[0][:cfg.sequences]
+        tokenizer, pairs = common.load_tokenizer(cfg.model), common.load_preferences(run)[0][:cfg.sequences]
         prompts = common.encode_prompts(tokenizer, [p.prompt for p in pairs], cfg.max_prompt_tokens)
-        responses = common.encode_responses(tokenizer, [p.chosen for p in pairs], cfg.max_response_tokens)
+        responses = common.encode_responses(tokenizer, [p.responses[0] for p in pairs], cfg.max_response_tokens)
         examples = [Example(p + r, len(p)) for p, r in zip(prompts, responses)]
         epochs = {"ours": ours(examples, run), "trl": theirs(examples, run, dtype),
                   "trl, best": theirs(examples, run, dtype, gradient_checkpointing=False,
