@@ -135,7 +135,8 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     try:
         cfg = parse(kind, args)
         quieten_libraries()
-        keep_freed_memory()
+        if isinstance(cfg, Config):
+            keep_freed_memory()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -1090,9 +1091,10 @@ def without_padding(model: Any) -> Any:
     """The model, made to read sequences that lie end to end, if it proves to read each as if it were alone.
 
     A state-space layer, say, would carry one sequence's state into the next: such a model gets its sequences padded.
+    So does a small one, to which padding costs less than a call of attention for each sequence.
     """
     before = model.config._attn_implementation
-    if before != "sdpa":
+    if before != "sdpa" or getattr(model.config, "hidden_size", PADDED_BELOW) < PADDED_BELOW:
         return model
     register_attention()
     ids, lengths = torch.arange(24, device=model.device) % model.config.vocab_size, [9, 15]
@@ -1111,6 +1113,7 @@ def without_padding(model: Any) -> Any:
     return model
 
 
+PADDED_BELOW = 256  # hidden width; the toy world's steps take an eighth less
 END_TO_END = "end_to_end"  # what transformers calls attention(), below
 
 
@@ -2056,20 +2059,22 @@ def ask(cfg: Config, sampler: Callable, folder: str, prompts: list, variant: Var
     gold = (road.judge(prompts, texts, cut) if road.judge else
             list(map(gold_reward, prompts, texts, cut)) if cfg.toy else unknown)
     return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z, "gold": g,
-             "kl": sum(r.log_probs) - sum(ref)}
+             "kl": sum(r.log_probs) - sum(ref), "base_log_prob": sum(ref)}
             for p, t, c, r, z, g, ref in zip(prompts, texts, cut, responses, reward, gold, reference)]
 
 
 def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
-    """The means of what evaluation found; win_rate is against the base policy on the same prompts, ties half."""
+    """The means of what evaluation found; win_rate is against the base policy on the same prompts, ties half;
+    perplexity is a token's, under the base policy at the sampling temperature."""
     def mean(name: str) -> Optional[float]:
         return float(np.mean([r[name] for r in replies])) if replies[0][name] is not None else None
     bigrams = [pair for r in replies for words in [r["response"].split()] for pair in zip(words, words[1:])]
     scored = replies[0]["reward"] is not None and base[0]["reward"] is not None
     wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)] if scored else []
     return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": float(np.mean(wins)) if scored else None,
-            "kl_to_base": mean("kl"), "response_tokens": mean("tokens"),
-            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
+            "kl_to_base": mean("kl"), "perplexity": math.exp(-mean("base_log_prob") / mean("tokens")),
+            "response_tokens": mean("tokens"), "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+            "eos_rate": 1 - mean("truncated")}
 
 
 def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> None:
@@ -2094,7 +2099,7 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
             r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
     columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"),
                "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
-               "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
+               "KL": ("kl_to_base", ".1f"), "ppl": ("perplexity", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
                "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
                "s/PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
                "all FLOP": ("total_flops", ".1e"), "FLOP/PPO": ("flops_to_ppo", ".2f")}

@@ -29,9 +29,9 @@ from common import Examples, Samples, knob, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own knobs."""
-    target: list[str] = knob(["q5", "q50", "q99"],
-                             "rewards to ask for, numbers or quantiles (q95), a row each; the last is the default")
-    guidance: float = knob(0.5, "one more row: the last target, guided so much towards it; 0 for none")
+    target: list[str] = knob(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, quantiles (q95), or none, "
+                             "to ask without the tag; the last is the default")
+    guidance: list[float] = knob([0.5], "a row more for each: the last target, guided so much towards it; 0 for none")
     condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some",
                                     of="training")
     reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
@@ -44,9 +44,11 @@ class Config(common.Config):
         super().__post_init__()
         common.require(0 <= self.condition_dropout < 1,
                        f"--condition_dropout is a share below 1, not {self.condition_dropout}")
-        common.require(0 <= self.guidance < math.inf, f"--guidance must be 0 or above, not {self.guidance}")
-        common.require(not self.guidance or self.condition_dropout > 0,
+        common.require(all(0 <= g < math.inf for g in self.guidance),
+                       f"--guidance must be 0 or above, not {self.guidance}")
+        common.require(not any(self.guidance) or self.condition_dropout > 0,
                        "--guidance needs a --condition_dropout above 0")
+        common.require(self.target[-1] != "none", "--target: the last one is the default, and must ask for a reward")
         common.require(0.01 <= self.reward_step < math.inf,
                        f"--reward_step must be 0.01 or above, not {self.reward_step}")
         common.require(self.reward_format in ("decimal", "digit"),
@@ -73,8 +75,10 @@ def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Te
     return loss
 
 
-def condition(z: float, cfg: Config) -> str:
-    """What stands between prompt and response, in training and sampling alike: the reward, rounded."""
+def condition(z: Optional[float], cfg: Config) -> str:
+    """What stands between prompt and response, in training and sampling alike: the reward, rounded; nothing for None."""
+    if z is None:
+        return ""
     steps = round(z / cfg.reward_step)
     reward = f"{min(max(steps + 4, 0), 9)}" if cfg.reward_format == "digit" else f"{steps * cfg.reward_step + 0.0:.2f}"
     return f" <rm_score>: {reward} "
@@ -89,13 +93,15 @@ def asking_template(template: str, target: float, cfg: Config) -> str:
             f"{{{{ ' <rm_score>: ' ~ ({shown}) ~ ' ' }}}}{{% endif %}}")
 
 
-def wish(target: str, z: np.ndarray) -> float:
-    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z.  Raises BadInput otherwise."""
+def wish(target: str, z: np.ndarray) -> Optional[float]:
+    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z, "none" None; else BadInput."""
+    if target == "none":
+        return None
     try:
         value = float(np.quantile(z, float(target[1:]) / 100)) if target.startswith("q") else float(target)
     except ValueError:
         value = math.nan
-    common.require(math.isfinite(value), f"--target takes numbers or quantiles from q0 to q100, not {target!r}")
+    common.require(math.isfinite(value), f"--target takes numbers, quantiles from q0 to q100, or none, not {target!r}")
     return value
 
 
@@ -104,7 +110,7 @@ def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> Examples:
     z = samples.z(samples.rewards)
     dropped = np.random.default_rng(cfg.seed).random(len(z)) < cfg.condition_dropout
     print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; a tag:{condition(z[0], cfg)}")
-    return Examples(samples, tokenizer, cfg, suffix=lambda i: "" if dropped[i] else condition(z[i], cfg))
+    return Examples(samples, tokenizer, cfg, suffix=lambda i: condition(None if dropped[i] else z[i], cfg))
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
@@ -145,9 +151,8 @@ def main(cfg: Config) -> None:
     folder, cost = common.trained(cfg, "dt", road, train)
     z = road.samples.z(road.samples.rewards)
     variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]
-    if cfg.guidance:
-        variants.append(variants[-1]._replace(name=f"{variants[-1].name}, guidance {cfg.guidance:g}",
-                                              guidance=cfg.guidance))
+    variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {guidance:g}", guidance=guidance)
+                 for guidance in cfg.guidance if guidance]
     common.evaluate(cfg, "dt", folder, variants, road, cost)
 
 

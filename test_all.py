@@ -29,6 +29,7 @@ import reward_model
 import rwr
 from common import BadInput, Example, Sample, Samples
 
+common.PADDED_BELOW = 0  # the models here are small ones, and stand for large ones
 HERE = Path(__file__).parent
 V, D = 97, 16
 
@@ -41,7 +42,7 @@ def run(tmp_path_factory):
     """A tiny run of the whole road, made by dt.py through the command line: (folder, what it printed)."""
     out = tmp_path_factory.mktemp("run") / "toy"
     script("reward_model.py", "--out", out, "--steps", "20")
-    return out, script("dt.py", *TINY, "--out", out, "--steps", "8", "--target", "-1", "q50", "q99").stdout
+    return out, script("dt.py", *TINY, "--out", out, "--steps", "8", "--target", "-1", "none", "q99").stdout
 
 
 TINY = ["--eval_prompts", "12", "--batch_size", "8", "--samples_per_prompt", "1"]
@@ -647,7 +648,7 @@ def test_rwr_weights_are_capped_exponentials_up_to_a_factor(tokenizer):
 
 
 def test_dt_writes_the_same_condition_in_training_and_in_sampling(tokenizer):
-    samples, cfg = samples_of([0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=0.0)
+    samples, cfg = samples_of([0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=[])
     trained = dt.prepare(samples, tokenizer, cfg)
     asked = common.encode_prompts(tokenizer, [s.prompt for s in samples.rows], 64,
                                   [dt.condition(z, cfg) for z in samples.z(samples.rewards)])
@@ -656,7 +657,7 @@ def test_dt_writes_the_same_condition_in_training_and_in_sampling(tokenizer):
 
 
 def test_dt_takes_its_loss_over_the_response_alone(tokenizer):
-    example, *_ = dt.prepare(samples_of([0, 1]), tokenizer, config(dt, condition_dropout=0.0, guidance=0.0))
+    example, *_ = dt.prepare(samples_of([0, 1]), tokenizer, config(dt, condition_dropout=0.0, guidance=[]))
     batch = common.collate([example])
     assert tokenizer.decode(batch.targets[batch.mask]) == " reply 0" + tokenizer.eos_token
 
@@ -668,6 +669,7 @@ def test_dt_rounds_the_reward():
     assert [dt.condition(z, config(dt))[-2] for z in (-9, -0.2, 0.3, 9)] == ["0", "4", "5", "9"]
     z = np.linspace(-2, 2, 101)
     assert dt.wish("q95", z) == pytest.approx(1.8) and dt.wish("-1.5", z) == -1.5
+    assert dt.condition(dt.wish("none", z), paper) == ""
 
 
 @pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01)])
@@ -861,7 +863,7 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
 
 FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"),
          ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
-         ("dt", ["--target", "high"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"),
+         ("dt", ["--target", "high"], "--target"), ("dt", ["--target", "q99", "none"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"),
          ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
          ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"),
          ("rwr", ["--lr", "nan"], "--lr"),
@@ -1183,12 +1185,12 @@ def test_the_whole_road_leaves_a_run_as_documented(run):
     assert [line["step"] for line in lines] == list(range(8)) and {"loss", "lr", "grad_norm", "tokens",
                                                                    "seconds"} <= set(lines[0])
     rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
-    assert [r["variant"] for r in rows] == ["", "target -1", "target q50", "target q99", "target q99, guidance 0.5"]
+    assert [r["variant"] for r in rows] == ["", "target -1", "target none", "target q99", "target q99, guidance 0.5"]
     assert all({"gold", "reward", "win_rate", "kl_to_base", "response_tokens", "distinct_2", "eos_rate",
                 "train_seconds", "total_seconds",
                 "train_flops", "total_flops", "peak_memory_bytes", "checkpoint", "world_size", "seed"} <= set(r)
                 for r in rows)
-    assert rows[0]["win_rate"] == 0.5 and abs(rows[0]["kl_to_base"]) < 1e-3
+    assert rows[0]["perplexity"] > 1 and rows[0]["win_rate"] == 0.5 and abs(rows[0]["kl_to_base"]) < 1e-3
     record = json.loads((out / "dt" / "run.json").read_text())
     assert "dt target q99, guidance 0.5" in said and record["condition"]["step"] == 0.5
 

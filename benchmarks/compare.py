@@ -135,7 +135,7 @@ def on_training_prompts(seed: int, cfg: Config) -> float:
     road = reward_model.prerequisites(run)
     prompts = common.split_prompts(run, held_out=False)
     wish = dt.condition(dt.wish(TARGETS[-1], road.samples.z(road.samples.rewards)), run)
-    variant = common.Variant("", wish, run.guidance)
+    variant = common.Variant("", wish, run.guidance[0])
     replies = common.ask(run, lambda place: common.load_sampler(place, run)[0], f"{run.out}/dt", prompts * 4, variant,
                          road._replace(score=None))
     return float(np.mean([r["gold"] for r in replies]))
