@@ -730,6 +730,17 @@ def test_samples_under_other_tools_names_are_taken_as_they_are(tmp_path, row):
     assert found == Sample("Human: hi", " yes", 2.0, "given", False)
 
 
+def test_ranked_responses_are_preferences_best_first(tmp_path):
+    rows = [{"prompt": f"p{i}", "ranked": ["best", "good", "bad"][:2 + i % 2]} for i in range(30)]
+    train, held_out = common.load_preferences(config(model="m", preferences=write(tmp_path / "p.jsonl", *rows),
+                                                     held_out=0.3))
+    assert {r.prompt: list(r.responses) for r in train + held_out} == {row["prompt"]: row["ranked"] for row in rows}
+    cfg = config(model="m", preferences=str(tmp_path / "p.jsonl"), held_out=0.3, sources="dataset")
+    labelled = common.rows_to_label(cfg)
+    assert len(labelled) == sum(len(r.responses) for r in train)
+    assert all((row.source == "chosen") == (row.response == "best") for row in labelled)
+
+
 def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
     path = write(tmp_path / "p.jsonl", {"chosen": TRANSCRIPT.format(1, "a"), "rejected": TRANSCRIPT.format(2, "b")},
                  {"prompt": "x", "chosen": "a", "rejected": " "},
@@ -843,6 +854,9 @@ def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
 @pytest.mark.parametrize("row, message", [({"chosen": "a"}, "line 1.*'chosen' has no"),
                                           ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
                                           ({"prompt": "p", "chosen": 1, "rejected": "b"}, "'chosen' must be text"),
+                                          ({"prompt": "p", "ranked": ["a"]}, "'ranked' must be a list of two"),
+                                          ({"prompt": "p", "ranked": "ab"}, "'ranked' must be a list"),
+                                          ({"ranked": ["a", "b"]}, "'prompt' is missing"),
                                           ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
                                            "prompt of 'chosen' is empty")])
 def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
@@ -1212,6 +1226,30 @@ def test_policies_load_and_generate_by_transformers_alone(run):
     model, tokenizer = (kind.from_pretrained(run[0] / "dt") for kind in (AutoModelForCausalLM, AutoTokenizer))
     inputs = tokenizer("\n\nHuman: What do otters eat?\n\nAssistant: <rm_score>: 8 ", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_policies_serve_transformers_pipeline(run):
+    from transformers import pipeline
+    said = pipeline("text-generation", model=str(run[0] / "dt"))("\n\nHuman: Hi.\n\nAssistant: <rm_score>: 8 ",
+                                                                max_new_tokens=4, do_sample=False)
+    assert said[0]["generated_text"].startswith("\n\nHuman: Hi.")
+
+
+@pytest.mark.parametrize("name", ["SFTTrainer", "RewardTrainer"])
+def test_a_trainer_of_trl_starts_from_our_folders(run, tmp_path, name):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rankings = common.load_preferences(config(out=str(run[0])))[0][:8]
+    rows = [{"prompt": r.prompt, "chosen": r.responses[0], "rejected": r.responses[1]} for r in rankings]
+    if name == "SFTTrainer":
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    arguments = getattr(trl, name.replace("Trainer", "Config"))(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, use_cpu=True, report_to=[], bf16=False)
+    folder = run[0] / ("dt" if name == "SFTTrainer" else "rm")
+    trainer = getattr(trl, name)(model=str(folder), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+    if name == "RewardTrainer":  # the head is ours, not one that was made anew
+        theirs, ours = trainer.model.score.weight, reward_model.load_scorer(str(folder), torch.float32)[0].model.score.weight
+        torch.testing.assert_close(theirs.detach().cpu().float(), ours.detach())
+    assert math.isfinite(trainer.train().training_loss)
 
 
 def test_samples_that_others_labelled_are_trained_on_without_a_reward_model(run, tmp_path):

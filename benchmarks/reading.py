@@ -1,0 +1,216 @@
+"""Plain language on a real model: a setting where the truth is known, labels are noisy, and samples are many.
+
+    python benchmarks/reading.py --model SMOLLM2 --transcripts PAIRS.jsonl.gz --out runs/reading     # hours on 2 cores
+
+The prompts are the first human turns of HH transcripts; the model itself answers each several times.  Gold is Flesch's
+reading ease of a reply, in tens, less 2 if it is unfinished, 3 if shorter than 15 words, 2 if it has no word of the
+prompt.  A noisy labeller ranks each prompt's replies by gold; a reward model learns from the ranks, labels the replies,
+and each method learns from those.  Then: what each policy gets of gold on held-out prompts, and how it games it.
+
+Every stage that is finished is kept; a call that was broken off goes on.  Seeds after the first share the first one's
+replies, ranks and reward model: they vary the order of the data, the dropped tags and the replies in evaluation.
+"""
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from measure import machine, markdown, record
+from paired import by_prompt, difference, leaderboard, replies, table
+
+import common
+from common import knob
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ["none", "q5", "q25", "q50", "q75", "q95", "5.00", "q99"]
+SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.2"],
+           "best_of_n": ["mle_filter.py", "--keep", "0.3", "--per_prompt"], "rwr": ["rwr.py"],
+           "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_format", "digit",
+                  "--reward_step", "0.5"],
+           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
+COMMON_WORDS = set("what some with that this have from your about would could should they them there when where which will "
+                   "does into like want know tell give make need please just been were their then than most best "
+                   "good ever more".split())
+
+
+@dataclass
+class Config:
+    """What to run."""
+    model: str = knob(None, "folder or Hub id of an instruct model")
+    transcripts: str = knob(None, "HH transcripts, whose first human turns are the prompts")
+    out: str = knob("runs/reading", "folder of the data, of a run for each seed, and of the table")
+    seeds: list[int] = knob([0, 1, 2], "the first one runs every method, the others those of --again")
+    methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
+    again: list[str] = knob(["mle_filter", "rwr", "dt"], "methods of the later seeds")
+    replies: int = knob(4, "to each prompt")
+    held_out: float = knob(0.2, "share of the prompts that nothing is trained on")
+    noise: float = knob(1.0, "scale of the labeller's Gumbel noise, in gold: Bradley-Terry at that temperature")
+    temperature: float = knob(0.7, "of all sampling")
+    max_response_tokens: int = knob(64, "of every reply")
+    lr: float = knob(1e-4, "of the offline methods")
+    ppo_lr: float = knob(1e-5, "of PPO, its critic included")
+    ppo_steps: int = knob(12, "PPO's iterations")
+    compile: bool = knob(True, "torch.compile the loss kernels")
+
+    def __post_init__(self) -> None:
+        common.require(bool(self.model and self.transcripts), "give --model and --transcripts")
+        common.require({*self.methods, *self.again} <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
+
+
+def first_turn(prompt: str) -> str:
+    """The first human turn of a transcript."""
+    return prompt.split("\n\nHuman:", 1)[-1].split("\n\nAssistant:", 1)[0].strip()
+
+
+def syllables(word: str) -> int:
+    """Groups of vowels, a silent e apart; one at least."""
+    groups = len(re.findall(r"[aeiouy]+", word))
+    return max(1, groups - (word.endswith("e") and not word.endswith(("le", "ee"))))
+
+
+def measures(prompt: str, response: str, truncated: bool) -> dict[str, float]:
+    """What gold is made of."""
+    words = re.findall(r"[a-z]+(?:'[a-z]+)?", response.lower())
+    sentences = max(1, len(re.findall(r"[.!?]+(?=\s|$)", response)))
+    asked = {w[:5] for w in re.findall(r"[a-z]{4,}", prompt.lower()) if w not in COMMON_WORDS}
+    a_sentence, a_word = len(words) / sentences, sum(map(syllables, words)) / max(1, len(words))
+    return {"ease": min(max(206.835 - 1.015 * a_sentence - 84.6 * a_word, 0.0), 100.0) if words else 0.0,
+            "unfinished": float(truncated), "short": float(len(words) < 15),
+            "off the prompt": float(bool(asked) and not asked & {w[:5] for w in words}),
+            "words a sentence": a_sentence, "syllables a word": a_word}
+
+
+def gold(prompt: list[dict], response: str, truncated: bool) -> float:
+    """The truth about a reply, which training never sees."""
+    m = measures(prompt[-1]["content"], response, truncated)
+    return m["ease"] / 10 - 2 * m["unfinished"] - 3 * m["short"] - 2 * m["off the prompt"]
+
+
+def write_data(cfg: Config, folder: Path) -> None:
+    """The base policy's replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
+    turns = dict.fromkeys(first_turn(p) for p in common.read_prompts(cfg.transcripts, lambda prompt: True))
+    common.write_text(folder.parent / "prompts.jsonl", (
+        json.dumps({"prompt": [{"role": "user", "content": turn}]}) for turn in turns if turn))
+    run = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
+                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
+                        temperature=cfg.temperature, out=str(folder.parent),
+                        max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
+    written = common.labelled_samples(run, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
+    ranked: dict[str, list[tuple[float, common.Sample]]] = {}
+    rng = random.Random(0)
+    for sample in written.rows:
+        noise = -cfg.noise * math.log(-math.log(rng.random()))
+        ranked.setdefault(common.prompt_key(sample.prompt), []).append((sample.reward + noise, sample))
+    lines: dict[str, list[str]] = {"train": [], "test": []}
+    for rows in ranked.values():
+        rows = [sample for _, sample in sorted(rows, key=lambda pair: -pair[0]) if sample.response.strip()]
+        if len(rows) > 1:
+            split = "test" if common.is_held_out(rows[0].prompt, cfg.held_out, 0) else "train"
+            lines[split].append(json.dumps({"prompt": rows[0].prompt, "ranked": [s.response for s in rows]}))
+    for split, texts in lines.items():
+        common.write_text(folder / f"{split}.jsonl", texts)
+
+
+def run(cfg: Config) -> list[str]:
+    """Runs what is missing, each script in a process of its own; returns the runs' folders, a seed each.
+
+    Filtering for each prompt has a folder beside its seed's: it would take the place of filtering over all.
+    """
+    out = Path(cfg.out)
+    if not (out / "data" / "test.jsonl").exists():
+        write_data(cfg, out / "data")
+    shared = ["--model", cfg.model, "--preferences", out / "data", "--sources", "dataset", "--max_prompt_tokens", 128,
+              "--max_response_tokens", cfg.max_response_tokens, "--temperature", cfg.temperature]
+    first = out / f"seed{cfg.seeds[0]}"
+    call(first, "reward_model.py", *shared, "--lr", cfg.lr / 3, "--batch_size", 16)
+    folders = []
+    for seed in cfg.seeds:
+        for method in cfg.methods if seed == cfg.seeds[0] else cfg.again:
+            folder = out / f"seed{seed}{'-' + method if method == 'best_of_n' else ''}"
+            folders += [folder] if folder not in folders else []
+            given = [] if folder == first else ["--samples", first / "samples.jsonl", "--reward_model", first / "rm"]
+            rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
+                     ["--lr", cfg.lr, "--batch_size", 32])
+            call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
+    return [str(folder) for folder in folders]
+
+
+def call(folder: Path, script: str, *flags: object) -> None:
+    """A script's run into a folder; what it says goes into the folder's log."""
+    print(f"{folder}: {script} {' '.join(map(str, flags))}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        done = subprocess.run([sys.executable, str(ROOT / script), "--out", str(folder), *map(str, flags)],
+                              stdout=log, stderr=log)
+    common.require(done.returncode == 0, f"{script} ended with status {done.returncode}: see {folder}/log.txt")
+
+
+def composition(folders: list[str]) -> list[dict]:
+    """What each policy's replies are made of, over all seeds, and what its training took, on the first."""
+    rows: dict[str, dict] = {}
+    for name in dict.fromkeys(name for folder in folders for name in leaderboard(folder)):
+        having = [(folder, leaderboard(folder)[name]) for folder in folders if name in leaderboard(folder)]
+        said = [reply for folder, row in having for reply in replies(folder, row)]
+        parts = [measures(r["prompt"][-1]["content"], r["response"], r["truncated"]) for r in said]
+        mean = {part: float(np.mean([p[part] for p in parts])) for part in parts[0]}
+        own = {column: float(np.mean([row[column] for _, row in having]))
+               for column in ("reward", "perplexity", "kl_to_base", "response_tokens", "distinct_2")}
+        rows[name] = {"policy": name, "reward z": f"{own['reward']:+.2f}", "reading ease": f"{mean['ease']:.0f}",
+                      "words a sentence": f"{mean['words a sentence']:.1f}",
+                      "syllables a word": f"{mean['syllables a word']:.2f}",
+                      **{f"{part} %": f"{100 * mean[part]:.0f}" for part in ("unfinished", "short", "off the prompt")},
+                      "perplexity": f"{own['perplexity']:.1f}", "KL": f"{own['kl_to_base']:.1f}",
+                      "tokens": f"{own['response_tokens']:.0f}", "distinct-2": f"{own['distinct_2']:.3f}",
+                      "training s": f"{having[0][1]['train_device_seconds']:.0f}",
+                      "training FLOPs": f"{having[0][1]['train_flops']:.1e}"}
+    return list(rows.values())
+
+
+def slope(folders: list[str], value: str) -> str:
+    """How much of a standard deviation DT gives for one that it is asked for, at the quantiles; prompt by prompt."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for folder in folders:
+        for name, row in leaderboard(folder).items():
+            if name.startswith("dt target q") and "guidance" not in name:
+                for reply in replies(folder, row):
+                    got = reply["reward"] if value == "reward" else gold(reply["prompt"], reply["response"],
+                                                                         reply["truncated"])
+                    found.setdefault(common.prompt_key(reply["prompt"]), []).append((row["asked"], got))
+    each = np.array([np.polyfit(*zip(*points), 1)[0] for points in found.values()])
+    error = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
+    return f"{each.mean():.2f} [{each.mean() - error:.2f}, {each.mean() + error:.2f}]"
+
+
+def main(cfg: Config) -> None:
+    """Runs, prints and records the tables, and writes them into --out."""
+    print(machine())
+    folders = run(cfg)
+    found = by_prompt(folders, lambda r: gold(r["prompt"], r["response"], r["truncated"]))
+    first, parts = table(found, "sft"), composition(folders)
+    pairs = [("dt target q99", "rwr"), ("dt target q99", "mle_filter"), ("rwr", "mle_filter"), ("dt target q99", "ppo")]
+    named = [[next(name for name in found if name.startswith(start)) for start in pair] for pair in pairs
+             if all(any(name.startswith(start) for name in found) for start in pair)]
+    order = [f"- {ours} − {theirs}: {mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]"
+             for ours, theirs in named for mean, error, _ in [difference(found[ours], found[theirs])]]
+    report = json.loads((Path(folders[0]) / "rm" / "run.json").read_text())["report"]
+    lines = [f"Gold on held-out prompts; reward model right on {report['accuracy']:.3f} of held-out pairs, longer wins "
+             f"{report['longer_wins']:.3f}", "", markdown(first), "", *order, ""]
+    if any(name.startswith("dt target q") for name in found):
+        lines += [f"- slope of DT's reward z on the z asked for: {slope(folders, 'reward')}",
+                  f"- slope of its gold: {slope(folders, 'gold')}", ""]
+    lines.append(markdown(parts))
+    print("\n".join(lines))
+    common.write_text(Path(cfg.out) / "table.md", lines)
+    record("reading", first + parts, str(Path(cfg.out) / "reading.jsonl"))
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)
