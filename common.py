@@ -1,12 +1,14 @@
 """What every trainer here needs and no algorithm is about.
 
-The sections, in reading order: process group, config, stages and files, tokenizer, data, batches, models and optimiser,
-sampler, fused head loss, labelled samples, evaluation and leaderboard, metrics and checkpoints, the toy world.
+The sections, in reading order: process group, config, stages and files, tokenizer, data, batches, reading without
+padding, models and optimiser, sampler, fused head loss, labelled samples, evaluation and leaderboard, metrics and
+checkpoints, the toy world.
 
 Terms: *policy*, the language model that is trained; *base policy*, what it starts from, and the reference of every KL;
 *sample*, a row (prompt, response, reward); *z*, a reward standardised over the labelled samples; *response mask*, the
-tokens that a loss is taken over.  Shapes: B sequences, T positions, N rows that predict a response token, D hidden
-width, V vocabulary.  A *prompt* is a string, or a list of chat messages for the tokenizer's chat template.
+tokens that a loss is taken over.  Shapes: T tokens of sequences that lie end to end (in the sampler, B sequences of T
+positions), N rows that predict a response token, D hidden width, V vocabulary.  A *prompt* is a string, or a list of
+chat messages for the tokenizer's chat template.
 """
 from __future__ import annotations
 
@@ -1065,26 +1067,8 @@ def print_plan(examples: int, cfg: Config) -> None:
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
 
 
-# ------------------------------------------------------------------------------------------ models and optimiser
-
-
-def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None) -> Any:
-    """A causal language model, on this rank's device unless told.  Raises BadInput if it is none, or its head is not
-    served."""
-    from transformers import AutoModelForCausalLM
-    with hub_errors(name, "a causal language model"):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(where or device())
-    prove_head(name, model)
-    return without_padding(without_dropout(model)).eval()
-
-
-def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
-    """The model, its dropout off: a gradient must not depend on how a batch is cut, and PPO's first ratio must be 1."""
-    for module in model.modules():
-        for name in ("p",) if isinstance(module, torch.nn.Dropout) else ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
+# ---------------------------------------------------------------------------------------- reading without padding
+# A micro-batch is one row of tokens, sequence behind sequence; attention alone must know where each begins.
 
 
 def without_padding(model: Any) -> Any:
@@ -1186,6 +1170,28 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], head_rows: 
     count_flops(model, padded.numel(), padded.numel() * max(lengths), head_rows, passes)
     hidden = model.base_model(input_ids=padded, use_cache=False).last_hidden_state                  # (S, longest, D)
     return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
+
+
+# ------------------------------------------------------------------------------------------ models and optimiser
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None) -> Any:
+    """A causal language model, on this rank's device unless told.  Raises BadInput if it is none, or its head is not
+    served."""
+    from transformers import AutoModelForCausalLM
+    with hub_errors(name, "a causal language model"):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True).to(where or device())
+    prove_head(name, model)
+    return without_padding(without_dropout(model)).eval()
+
+
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, its dropout off: a gradient must not depend on how a batch is cut, and PPO's first ratio must be 1."""
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, torch.nn.Dropout) else ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
 
 
 def autocast(dtype: torch.dtype) -> Any:

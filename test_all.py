@@ -1364,19 +1364,32 @@ def step_gradient(folder, name, sharding, tokens, rows):
     return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads])
 
 
+def training_bytes(folder, sharding):
+    """Of a policy's weights, gradients and Adam's moments, the ranks' together."""
+    policy = common.load_policy(str(folder / "policy"), config(sharding=sharding))
+    optimizer, _ = common.make_optimizer(policy, config(), 1)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = [t.to_local() if hasattr(t, "to_local") else t for p in policy.parameters()
+            for t in (p, p.grad, *optimizer.state[p].values()) if t.dim()]
+    return torch.tensor(common.sum_over_ranks(sum(t.numel() * t.element_size() for t in held))[0])
+
+
 def measure_gradients(folder):
-    """What each rank of test_gradient_is_the_same_under_real_ranks does."""
+    """What each rank of the next two tests does."""
     def main(cfg):
         torch.compiler.set_stance("force_eager")
         found = {str(case): step_gradient(Path(folder), *case) for case in CASES}
+        found |= {f"bytes, {sharding}": training_bytes(Path(folder), sharding) for sharding in ("ddp", "fsdp")}
         if common.rank() == 0:
             torch.save(found, Path(folder) / f"{common.world_size()}.pt")
     common.launch(main, common.Config, ["--out", folder])
 
 
 @pytest.fixture(scope="session")
-def single_gradients(tmp_path_factory):
-    """A policy and a reward model on disk, and the gradients that one process finds: (folder, gradients)."""
+def gradients(tmp_path_factory):
+    """The gradients that one process finds for a policy and a reward model, and what 2 and 4 ranks find."""
     from transformers import LlamaForSequenceClassification
     folder = tmp_path_factory.mktemp("gradients")
     model = tiny_model(dtype=torch.float32)
@@ -1384,18 +1397,27 @@ def single_gradients(tmp_path_factory):
     torch.manual_seed(1)
     model.config.num_labels, model.config.pad_token_id = 1, 0
     LlamaForSequenceClassification(model.config).save_pretrained(folder / "rewards")
-    return folder, {str(case): step_gradient(folder, *case) for case in CASES}
+    found = {1: {str(case): step_gradient(folder, *case) for case in CASES}}
+    for ranks in (2, 4):
+        torchrun(ranks, __file__, "measure_gradients", folder)
+        found[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
+    return found
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_gradient_is_the_same_under_real_ranks(single_gradients, ranks):
+def test_gradient_is_the_same_under_real_ranks(gradients, ranks):
     """Of every algorithm, DDP or FSDP2, whatever the micro-batches, also with fewer sequences than ranks."""
-    folder, alone = single_gradients
-    torchrun(ranks, __file__, "measure_gradients", folder)
-    together = torch.load(folder / f"{ranks}.pt", weights_only=True)
-    for case, gradient in alone.items():
+    for case, gradient in gradients[1].items():
         assert gradient.norm() > 0
-        assert (together[case] - gradient).norm() < 1e-5 * gradient.norm(), case
+        assert (gradients[ranks][case] - gradient).norm() < 1e-5 * gradient.norm(), case
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_training_holds_16_bytes_a_weight_on_each_rank_under_ddp_and_a_share_of_them_under_fsdp(gradients, ranks):
+    """The README's budget: float32 weights, gradients and two moments."""
+    weights = sum(p.numel() for p in tiny_model().parameters())
+    assert gradients[ranks]["bytes, ddp"] == 16 * weights * ranks
+    assert gradients[ranks]["bytes, fsdp"] == 16 * weights
 
 
 def road(run, out, *more):

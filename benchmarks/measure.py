@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from datetime import date
@@ -14,7 +15,8 @@ from typing import Any, Callable
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def machine() -> dict:
@@ -30,6 +32,17 @@ def machine() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"date": str(date.today()), "cpu": model, "cores": os.cpu_count(), "gpu": gpu,
             "threads": torch.get_num_threads(), **packages}
+
+
+def call(folder: Path, script: str, *flags: object) -> None:
+    """A script's run into a folder, in a process of its own; what it says goes into the folder's log."""
+    print(f"{folder}: {script} {' '.join(map(str, flags))}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log:
+        done = subprocess.run([sys.executable, str(ROOT / script), "--out", str(folder), *map(str, flags)],
+                              stdout=log, stderr=log)
+    if done.returncode:
+        sys.exit(f"{script} ended with status {done.returncode}: see {folder}/log.txt")
 
 
 def synchronize() -> None:

@@ -16,20 +16,17 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from measure import machine, markdown, record
+from measure import call, machine, markdown, record
 from paired import by_prompt, difference, leaderboard, replies, table
 
 import common
 from common import knob
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["none", "q5", "q25", "q50", "q75", "q95", "5.00", "q99"]
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.2"],
            "best_of_n": ["mle_filter.py", "--keep", "0.3", "--per_prompt"], "rwr": ["rwr.py"],
@@ -141,16 +138,6 @@ def run(cfg: Config) -> list[str]:
                      ["--lr", cfg.lr, "--batch_size", 32])
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
-
-
-def call(folder: Path, script: str, *flags: object) -> None:
-    """A script's run into a folder; what it says goes into the folder's log."""
-    print(f"{folder}: {script} {' '.join(map(str, flags))}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log:
-        done = subprocess.run([sys.executable, str(ROOT / script), "--out", str(folder), *map(str, flags)],
-                              stdout=log, stderr=log)
-    common.require(done.returncode == 0, f"{script} ended with status {done.returncode}: see {folder}/log.txt")
 
 
 def composition(folders: list[str]) -> list[dict]:

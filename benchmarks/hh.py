@@ -1,0 +1,105 @@
+"""Real preferences on a real model, with a judge: the whole road, and whether the methods can be told apart.
+
+    python benchmarks/hh.py --model SMOLLM2 --preferences PAIRS.jsonl.gz --out runs/hh      # hours on 2 cores
+
+The pairs are split by prompt into three: from one the run's reward model learns, from another the judge, which training
+never asks, and on the third both are tested and every policy answers.  The judge's verdict is the leaderboard's `gold`:
+where a policy's reward rises and its gold does not, it has learnt to please its reward model.  Finished stages are kept.
+"""
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from measure import call, machine, markdown, record
+from paired import by_prompt, leaderboard, table
+
+import common
+from common import knob
+
+SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.25"],
+           "rwr": ["rwr.py"],
+           "dt": ["dt.py", "--target", "none", "q5", "q50", "5.00", "q99", "--guidance", "0.5", "1", "2"],
+           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
+
+
+@dataclass
+class Config:
+    """What to run."""
+    model: str = knob(None, "folder or Hub id of a causal language model")
+    preferences: str = knob(None, "preference pairs, as the trainers take them")
+    out: str = knob("runs/hh", "folder of the data, the judge, the run and the tables")
+    methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
+    samples_per_prompt: int = knob(1, "generated responses a prompt, beside the two of each pair")
+    max_prompt_tokens: int = knob(192, "longer prompts are cut on the left")
+    max_response_tokens: int = knob(64, "longer responses are cut on the right")
+    lr: float = knob(3e-5, "of judge, reward model and offline methods")
+    ppo_lr: float = knob(1e-5, "of PPO, its critic included")
+    ppo_steps: int = knob(8, "PPO's iterations")
+    compile: bool = knob(True, "torch.compile the loss kernels")
+
+    def __post_init__(self) -> None:
+        common.require(bool(self.model and self.preferences), "give --model and --preferences")
+        common.require(set(self.methods) <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
+
+
+def split(cfg: Config, out: Path) -> None:
+    """Two fifths of the prompts for the run, two for the judge, one to test both on: data/ and judge-data/."""
+    train, held_out = common.read_preferences(cfg.preferences, 0.1, 0, None)
+    parts: dict[str, list[str]] = {"run": [], "judge": [], "test": []}
+    for prompt, responses in train + held_out:
+        fifth = zlib.crc32(common.prompt_key(prompt).encode()) % 5
+        row = json.dumps({"prompt": prompt, "ranked": responses})
+        parts["test" if fifth == 0 else "judge" if fifth < 3 else "run"].append(row)
+    for folder, train in (("data", parts["run"]), ("judge-data", parts["judge"])):
+        common.write_text(out / folder / "train.jsonl", train)
+        common.write_text(out / folder / "test.jsonl", parts["test"])
+
+
+def report(name: str, folder: Path) -> str:
+    """How often a reward model is right on the test pairs."""
+    found = json.loads((folder / "run.json").read_text())["report"]
+    error = np.sqrt(found["accuracy"] * (1 - found["accuracy"]) / found["held_out_prompts"])
+    longer = found["longer_wins"]
+    return (f"- {name}: right on {found['accuracy']:.3f} ± {error:.3f} of {found['held_out_pairs']} test pairs; "
+            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+
+
+def main(cfg: Config) -> None:
+    """Runs what is missing; prints the tables, and writes them into --out."""
+    print(machine())
+    out = Path(cfg.out)
+    if not (out / "judge-data" / "test.jsonl").exists():
+        split(cfg, out)
+    shared = ["--model", cfg.model, "--max_prompt_tokens", cfg.max_prompt_tokens, "--max_response_tokens",
+              cfg.max_response_tokens]
+    train = ["--lr", cfg.lr, "--batch_size", 16]
+    call(out / "judge", "reward_model.py", *shared, "--preferences", out / "judge-data", *train)
+    shared += ["--preferences", out / "data"]
+    call(out, "reward_model.py", *shared, *train)
+    for method in cfg.methods:
+        rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
+                 ["--lr", cfg.lr, "--batch_size", 32])
+        call(out, *SCRIPTS[method], *shared, "--judge", out / "judge" / "rm", "--samples_per_prompt",
+             cfg.samples_per_prompt, "--eval_prompts", 320, *rates)
+    lines = [report("reward model", out / "rm"), report("judge", out / "judge" / "rm")]
+    tables = []
+    for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
+        tables.append(table(by_prompt([cfg.out], lambda reply: reply[column]), "sft"))
+        lines += ["", f"{what}:", "", markdown(tables[-1])]
+    costs = [{"policy": name, **{column: f"{row[column]:{form}}" for column, form in
+              (("win_rate", ".2f"), ("kl_to_base", ".1f"), ("perplexity", ".1f"), ("response_tokens", ".0f"),
+               ("eos_rate", ".2f"), ("distinct_2", ".3f"), ("total_device_seconds", ".0f"), ("total_flops", ".1e"))}}
+             for name, row in leaderboard(cfg.out).items()]
+    lines += ["", markdown(costs)]
+    print("\n".join(lines))
+    common.write_text(out / "table.md", lines)
+    record("hh", [*tables[0], *tables[1], *costs], str(out / "hh.jsonl"))
+
+
+if __name__ == "__main__":
+    common.launch(main, Config)
