@@ -68,9 +68,9 @@ def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Te
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     w = mask.to(x.dtype)                                                        # (N,)
     targets = torch.where(mask, targets, 0)
-    log_z = x.logsumexp(dim=1)                                                  # (N,)
-    loss = w * (log_z - x.gather(1, targets[:, None]).squeeze(1))
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
+    log_z = x.logsumexp(dim=1)                                                  # (N,)
+    loss = w * (log_z - torch.where(is_target, x, 0.0).sum(dim=1))  # a gather torch 2.11 would do behind the copy_
     logits.copy_(((x - log_z[:, None]).exp() - is_target.to(x.dtype)) * w[:, None])
     return loss
 

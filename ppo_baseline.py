@@ -90,14 +90,15 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
     w = mask.to(x.dtype)                                                            # (N,)
     targets = torch.where(mask, targets, 0)
+    is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     log_z = x.logsumexp(dim=1)                                                      # (N,)
     entropy = log_z - ((x - log_z[:, None]).exp() * x).sum(dim=1)                   # (N,)
-    log_ratio = torch.where(mask, x.gather(1, targets[:, None]).squeeze(1) - log_z - old_log_prob, 0.0)
+    log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z   # (N,); a gather torch 2.11 would do behind the copy_
+    log_ratio = torch.where(mask, log_p - old_log_prob, 0.0)
     ratio = log_ratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     loss = w * (torch.maximum(plain, clipped) - entropy_coef * entropy)
     slope = torch.where(plain >= clipped, plain, 0.0)                               # d loss / d log p[target]
-    is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     # p (entropy_coef (log p + H) - slope) + slope [target]: with log p in a variable torch 2.13 fails to compile it
     pull = entropy_coef * (x + (entropy - log_z)[:, None]) - slope[:, None]         # (N, V)
     gradient = (x - log_z[:, None]).exp() * pull + is_target.to(x.dtype) * slope[:, None]
