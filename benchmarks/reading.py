@@ -27,7 +27,7 @@ from paired import by_prompt, difference, leaderboard, replies, table
 import common
 from common import knob
 
-TARGETS = ["none", "q5", "q25", "q50", "q75", "q95", "5.00", "q99"]
+TARGETS = ["none", "q5", "q50", "q95", "5.00", "q99"]
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.2"],
            "best_of_n": ["mle_filter.py", "--keep", "0.3", "--per_prompt"], "rwr": ["rwr.py"],
            "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_format", "digit",
@@ -53,7 +53,7 @@ class Config:
     temperature: float = knob(0.7, "of all sampling")
     max_response_tokens: int = knob(64, "of every reply")
     rm_lr: float = knob(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
-    lr: float = knob(2e-4, "of the offline methods")
+    lr: float = knob(5e-4, "of the offline methods")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
     ppo_steps: int = knob(12, "PPO's iterations")
     compile: bool = knob(True, "torch.compile the loss kernels")
