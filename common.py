@@ -239,7 +239,7 @@ class Config:
     """The flags that every script shares."""
     out: str = knob("runs/model", "the run's folder: stages are found there, or built", toy="runs/toy")
     model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it the toy world runs", of="data")
-    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz) with chosen and rejected, or ranked", of="data")
+    preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz): chosen and rejected, or ranked", of="data")
     max_pairs: Optional[int] = knob(None, "use at most so many preferences, pairs as a rule", of="data")
     held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split",
                            of="data")
@@ -1114,9 +1114,9 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
               attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None, **more: Any) -> tuple:
     """torch's attention, (B, heads, T, D) -> (B, T, heads, D), but for two cases.
 
-    A mask of integers holds the lengths of sequences that lie end to end (B = 1): each attends to itself alone.  One new
-    token's query heads that share a key are read as so many positions of one head: torch would copy the whole cache for
-    each.
+    A mask of integers holds the lengths of sequences that lie end to end (B = 1): each attends to itself alone.  One
+    new token's query heads that share a key are read as so many positions of one head: torch would copy the whole cache
+    for each.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     b, heads, t, width = query.shape
@@ -1160,7 +1160,7 @@ def cumulative(lengths: tuple, where: torch.device) -> torch.Tensor:
 
 def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], head_rows: int = 0,
                   passes: int = 1) -> torch.Tensor:
-    """The body's last hidden states (T, D) of sequences that lie end to end, ids (T,); counted, with the head's rows."""
+    """The body's last hidden states (T, D) of sequences end to end, ids (T,); counted, with the head's rows."""
     if model.config._attn_implementation == END_TO_END:
         count_flops(model, len(ids), sum(n * n for n in lengths), head_rows, passes)
         position = torch.cat([torch.arange(n) for n in lengths]).to(ids.device, non_blocking=True)
@@ -1224,7 +1224,7 @@ def load_policy(name: str, cfg: Config) -> Any:
 
 def recompute_activations(model: Any) -> None:
     """Backward computes the blocks' activations again, so that forward need not keep them."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # since 5.24
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # < 5.24
     enable({"use_reentrant": False})
 
 
@@ -1491,8 +1491,8 @@ def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.T
     """Reads the prompts: logits behind each (B, V), a cache with room for the responses, its padding mask (B, T).
 
     A prompt that comes several times is read once.  Prompts of like length are read together, so that little padding
-    is, and their caches laid side by side, padded on the left.  Where a layer's cache is of a kind of its own (a sliding
-    window), all are read as one.
+    is, and their caches laid side by side, padded on the left.  Where a layer's cache is of a kind of its own (a
+    sliding window), all are read as one.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -1520,7 +1520,8 @@ def _prefill(model: Any, prompts: list[list[int]], cfg: Config) -> tuple[torch.T
         for layer, one in zip(whole.layers, part.layers) if plain else ():
             if not layer.is_initialized:
                 _make_room(layer, one, len(prompts), width, cfg.max_response_tokens)
-            layer.keys[rows, :, width - longest:], layer.values[rows, :, width - longest:] = one.keys[like], one.values[like]
+            layer.keys[rows, :, width - longest:] = one.keys[like]
+            layer.values[rows, :, width - longest:] = one.values[like]
     if not plain:
         place = dict(zip(rows, like))
         whole.batch_select_indices(torch.tensor([place[i] for i in range(len(prompts))], device=device()))
@@ -2104,8 +2105,8 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
             whole = ppo.get(r["seed"], {}).get(f"total_{unit}")
             r[f"{unit}_to_ppo"] = r[f"total_{unit}"] / whole if whole and r["algorithm"] != "base" else None
     columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"),
-               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
-               "KL": ("kl_to_base", ".1f"), "ppl": ("perplexity", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
+               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"), "KL": ("kl_to_base", ".1f"),
+               "ppl": ("perplexity", ".1f"), "tokens": ("response_tokens", ".0f"), "distinct-2": ("distinct_2", ".3f"),
                "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
                "s/PPO": ("seconds_to_ppo", ".2f"), "train FLOP": ("train_flops", ".1e"),
                "all FLOP": ("total_flops", ".1e"), "FLOP/PPO": ("flops_to_ppo", ".2f")}

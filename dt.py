@@ -76,7 +76,7 @@ def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Te
 
 
 def condition(z: Optional[float], cfg: Config) -> str:
-    """What stands between prompt and response, in training and sampling alike: the reward, rounded; nothing for None."""
+    """What stands between prompt and response, in training and sampling alike: the reward, rounded; None: nothing."""
     if z is None:
         return ""
     steps = round(z / cfg.reward_step)

@@ -6,7 +6,7 @@
 A prompt with K ranked responses has K (K - 1) / 2 pairs, and each response is read once; chosen and rejected are K = 2.
 (Stiennon et al. 2020, arXiv 2009.01325, equation 1; K > 2: Ouyang et al. 2022, arXiv 2203.02155, equation 1; the margin
 is Llama 2's, the centering Eisenstein et al.'s, arXiv 2312.09244.)  The score is read at a response's last token, EOS
-where it has one.  The folder it leaves is an AutoModelForSequenceClassification with num_labels=1.  Left out: ensembles.
+where it has one.  The folder it leaves is an AutoModelForSequenceClassification with num_labels=1.  No ensembles.
 
     python reward_model.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 reward_model.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
@@ -34,7 +34,7 @@ class Config(common.Config):
     centering: float = knob(0.0, "pull of a pair's scores towards 0 (0.01 is usual)", of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=300, of="training")
-    batch_size: int = knob(64, "prompts with ranked responses per optimiser step, all ranks together", toy=16, of="training")
+    batch_size: int = knob(64, "ranked prompts per optimiser step, all ranks together", toy=16, of="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +67,7 @@ class RewardModel(torch.nn.Module):
         self.model, self.dtype = model, dtype
 
     def forward(self, input_ids: torch.Tensor, lengths: list[int], rows: torch.Tensor) -> torch.Tensor:
-        """Token ids (T,) of sequences of these lengths, end to end, and where to read in them -> float32 scores (N,)."""
+        """Token ids (T,) of sequences of these lengths, end to end; rows (N,) to read at -> float32 scores (N,)."""
         with common.autocast(self.dtype):
             hidden = common.hidden_states(self.model, input_ids, lengths,
                                           passes=3 if torch.is_grad_enabled() else 1)               # (T, D)
@@ -155,7 +155,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
 
 CARD = """# A Bradley-Terry reward model
 
-Trained from `{base}` on the ranked responses to {prompts} prompts. The score of a response is read at its last token, EOS:
+Trained from `{base}` on the ranked responses to {prompts} prompts. A response is scored at its last token, EOS:
 
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -237,8 +237,8 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     margin, right, weight = np.abs(margins), np.array(margins) > 0, np.array(weight)
     accuracy, longer = float(np.average(right, weights=weight)), float(np.average(longer, weights=weight))
     error = math.sqrt(accuracy * (1 - accuracy) / len(rankings))
-    print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± {error:.3f}; control: "
-           f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+    print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± {error:.3f}; "
+           f"control: {'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     bins = []
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
         inside = (low <= margin) & (margin < high)

@@ -747,7 +747,8 @@ def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
                  *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(20)))
     train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     said = capsys.readouterr().out
-    assert len(train) + len(held_out) == 20 and "1 preferences differ" in said and "1 preferences have an empty response" in said
+    assert len(train) + len(held_out) == 20
+    assert "1 preferences differ" in said and "1 preferences have an empty response" in said
 
 
 def test_train_and_held_out_share_no_prompt(tmp_path):
@@ -877,7 +878,8 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
 
 FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--beta"),
          ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
-         ("dt", ["--target", "high"], "--target"), ("dt", ["--target", "q99", "none"], "--target"), ("dt", ["--condition_dropout", "0"], "--guidance"),
+         ("dt", ["--target", "high"], "--target"), ("dt", ["--target", "q99", "none"], "--target"),
+         ("dt", ["--condition_dropout", "0"], "--guidance"),
          ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
          ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"),
          ("rwr", ["--lr", "nan"], "--lr"),
@@ -1247,7 +1249,8 @@ def test_a_trainer_of_trl_starts_from_our_folders(run, tmp_path, name):
     folder = run[0] / ("dt" if name == "SFTTrainer" else "rm")
     trainer = getattr(trl, name)(model=str(folder), args=arguments, train_dataset=datasets.Dataset.from_list(rows))
     if name == "RewardTrainer":  # the head is ours, not one that was made anew
-        theirs, ours = trainer.model.score.weight, reward_model.load_scorer(str(folder), torch.float32)[0].model.score.weight
+        theirs = trainer.model.score.weight
+        ours = reward_model.load_scorer(str(folder), torch.float32)[0].model.score.weight
         torch.testing.assert_close(theirs.detach().cpu().float(), ours.detach())
     assert math.isfinite(trainer.train().training_loss)
 
@@ -1604,7 +1607,8 @@ def test_five_hundred_malformed_files_give_rows_or_one_sentence(tmp_path):
     for number in range(500):
         path = tmp_path / f"{number}.jsonl{'.gz' * (rng.random() < 0.3)}"
         path.write_bytes(malformed(rng))
-        for read in (lambda: list(common.SampleFile(str(path))), lambda: common.read_preferences(str(path), 0.5, 0, None),
+        for read in (lambda: list(common.SampleFile(str(path))),
+                     lambda: common.read_preferences(str(path), 0.5, 0, None),
                      lambda: common.read_prompts(str(path), lambda prompt: True)):
             try:
                 read()

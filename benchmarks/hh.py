@@ -4,7 +4,7 @@
 
 The pairs are split by prompt into three: from one the run's reward model learns, from another the judge, which training
 never asks, and on the third both are tested and every policy answers.  The judge's verdict is the leaderboard's `gold`:
-where a policy's reward rises and its gold does not, it has learnt to please its reward model.  Finished stages are kept.
+where a policy's reward rises and its gold does not, it has learnt to please its reward model.  Finished stages stay.
 """
 from __future__ import annotations
 

@@ -33,9 +33,9 @@ SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter
            "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_format", "digit",
                   "--reward_step", "0.5"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
-COMMON_WORDS = set("what some with that this have from your about would could should they them there when where which will "
-                   "does into like want know tell give make need please just been were their then than most best "
-                   "good ever more".split())
+COMMON_WORDS = set(
+    "what some with that this have from your about would could should they them there when where which will does into "
+    "like want know tell give make need please just been were their then than most best good ever more".split())
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""Training tokens a second of the whole step, ours against TRL's SFTTrainer, on the same pairs with the same batch size.
+"""Training tokens a second of the whole step, ours against TRL's SFTTrainer, same pairs, same batch size.
 
     python benchmarks/train.py --model SMOLLM2 --preferences PAIRS.jsonl.gz            # needs trl and datasets
 
-A turn is an epoch over the same sequences (prompt and chosen response, the loss on the response); a token is a real one,
-prompt or response.  TRL runs with its defaults and with its best settings here: no gradient checkpointing, batches grouped
-by length.  Loading the model, tokenisation and TRL's set-up are not counted.
+A turn is an epoch over the same sequences (prompt and chosen response, the loss on the response); a token is a real
+one, prompt or response.  TRL runs with its defaults and with its best settings here: no gradient checkpointing, batches
+grouped by length.  Loading the model, tokenisation and TRL's set-up are not counted.
 """
 from __future__ import annotations
 
