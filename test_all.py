@@ -2,6 +2,7 @@
 
     python -m pytest test_all.py
 """
+import ast
 import functools
 import gzip
 import json
@@ -1626,6 +1627,14 @@ def test_line_references_of_the_readme_lead_where_they_say():
         found = [i for i, text in enumerate((HERE / file).read_text().splitlines(), 1)
                  if re.match(rf"\s*def {name}\(", text)]
         assert int(line) in found, f"{name} in {file} is at {found}, the README says {line}"
+
+
+def test_the_benchmarks_use_only_what_the_scripts_have():
+    ours = {module.__name__: module for module in (common, dt, mle_filter, ppo_baseline, reward_model, rwr)}
+    used = {(node.value.id, node.attr, file.name) for file in (HERE / "benchmarks").glob("*.py")
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours}
+    assert len(used) > 50 and not [use for use in used if not hasattr(ours[use[0]], use[1])]
 
 
 def test_a_report_is_one_page_without_external_files(run):
