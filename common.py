@@ -1093,6 +1093,8 @@ def without_padding(model: Any) -> Any:
                          for ours, theirs in ((together, apart), reversed(grads)))
         except Exception:  # whatever the code of some other architecture raises
             proven = False
+    if not proven:
+        print0(f"  a {type(model).__name__} does not prove to read sequences end to end as if each were alone: padded")
     model.config._attn_implementation = END_TO_END if proven else before
     return model
 

@@ -37,7 +37,7 @@ class Config:
     samples_per_prompt: int = knob(1, "generated responses a prompt, beside the two of each pair")
     max_prompt_tokens: int = knob(192, "longer prompts are cut on the left")
     max_response_tokens: int = knob(64, "longer responses are cut on the right")
-    lr: float = knob(3e-5, "of judge, reward model and offline methods")
+    lr: float = knob(1e-4, "of judge, reward model and offline methods")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
     ppo_steps: int = knob(8, "PPO's iterations")
     compile: bool = knob(True, "torch.compile the loss kernels")

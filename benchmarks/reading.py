@@ -5,7 +5,8 @@
 The prompts are the first human turns of HH transcripts; the model itself answers each several times.  Gold is Flesch's
 reading ease of a reply, in tens, less 2 if it is unfinished, 3 if shorter than 15 words, 2 if it has no word of the
 prompt.  A noisy labeller ranks each prompt's replies by gold; a reward model learns from the ranks, labels the replies,
-and each method learns from those.  Then: what each policy gets of gold on held-out prompts, and how it games it.
+and each method learns from those; SFT, the control, from a random fifth of them.  Then: what each policy gets of gold
+on held-out prompts, and how it games it.
 
 Every stage that is finished is kept; a call that was broken off goes on.  Seeds after the first share the first one's
 replies, ranks and reward model: they vary the order of the data, the dropped tags and the replies in evaluation.
@@ -54,6 +55,7 @@ class Config:
     max_response_tokens: int = knob(64, "of every reply")
     rm_lr: float = knob(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = knob(5e-4, "of the offline methods")
+    sft_steps: int = knob(31, "of the control, SFT: as many samples as filtering keeps, drawn at random")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
     ppo_steps: int = knob(12, "PPO's iterations")
     compile: bool = knob(True, "torch.compile the loss kernels")
@@ -136,7 +138,7 @@ def run(cfg: Config) -> list[str]:
             folders += [folder] if folder not in folders else []
             given = [] if folder == first else ["--samples", first / "samples.jsonl", "--reward_model", first / "rm"]
             rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
-                     ["--lr", cfg.lr, "--batch_size", 32])
+                     ["--lr", cfg.lr, "--batch_size", 32, *(["--steps", cfg.sft_steps] if method == "sft" else [])])
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
 
