@@ -144,7 +144,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
                 torch.cuda.set_device(device())
             patience = timedelta(minutes=getattr(cfg, "patience", 10))
             dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=patience)
-        if not cfg.compile:
+        if not getattr(cfg, "compile", True):
             torch.compiler.set_stance("force_eager")
         with locked(Path(cfg.out)) if isinstance(cfg, Config) and rank() == 0 else contextlib.nullcontext():
             main(cfg)
@@ -240,7 +240,7 @@ class Config:
     out: str = knob("runs/model", "the run's folder: stages are found there, or built", toy="runs/toy")
     model: Optional[str] = knob(None, "folder or Hub id of the base policy; without it the toy world runs", of="data")
     preferences: Optional[str] = knob(None, "Hub id, folder or .jsonl(.gz): chosen and rejected, or ranked", of="data")
-    max_pairs: Optional[int] = knob(None, "use at most so many preferences, pairs as a rule", of="data")
+    max_pairs: Optional[int] = knob(None, "train on at most so many preferences, pairs as a rule", of="data")
     held_out: float = knob(0.1, "share of the prompts held out for evaluation, where the data have no test split",
                            of="data")
     max_prompt_tokens: int = knob(1024, "longer prompts are cut on the left", toy=64, of="data")
@@ -267,7 +267,7 @@ class Config:
     epochs: int = knob(1, "passes over the training examples", of="training")
     steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", of="training")
     batch_size: int = knob(128, "sequences per optimiser step, all ranks together", toy=32, of="training")
-    micro_batch_tokens: int = knob(8192, "padded tokens that one forward may hold: the memory knob", toy=16384)
+    micro_batch_tokens: int = knob(8192, "tokens that one forward may hold, or one row: the memory knob", toy=16384)
     dtype: str = knob("auto", "bf16 (weights stay float32), fp32, or auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = knob(True, "torch.compile the loss kernels")
     sharding: str = knob("ddp", "ddp, or fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
@@ -297,6 +297,8 @@ class Config:
                 f"--save_every must be 0 or above, not {self.save_every}")
         require(self.sources in ("dataset", "generated", "dataset+generated"),
                 f"--sources is dataset, generated or dataset+generated, not {self.sources!r}")
+        require(not self.toy or not (self.samples or self.responses or self.prompts),
+                "--samples, --responses and --prompts go with --model: name the base policy's folder or Hub id")
         require(self.toy or self.model, "--preferences goes with --model: name the base policy's folder or Hub id")
         require(self.toy or self.preferences or self.samples or (self.prompts or self.responses) and self.reward_model,
                 "--model needs data: --preferences, or --samples, or --prompts or --responses with --reward_model")
@@ -808,10 +810,14 @@ def conversation(place: str, row: dict, name: str) -> tuple[Any, str]:
     return value[:-1], value[-1]["content"]
 
 
+TEST_SPLIT = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)"
+
+
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
     """Preferences for training and held out, split by prompt.  Those without a difference to learn are left out.
 
-    Files named test, valid… or eval… are the held-out split; without one, prompts are held out by hash and seed.
+    Files and folders named test, valid, validation, eval or evaluation, something behind it or not (test-0001.jsonl),
+    are the held-out split; without one, prompts are held out by hash and seed.
     """
     source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
     return read_preferences(source, cfg.held_out, cfg.seed, cfg.max_pairs)
@@ -823,33 +829,38 @@ def ranking_of(place: str, row: dict) -> Optional[Ranking]:
         ranked = field_of(place, row, "ranked", (list,), "a list of responses, best first")
         require(len(ranked) > 1 and all(isinstance(text, str) for text in ranked),
                 f"{place}: the field 'ranked' must be a list of two texts or more, best first")
-        return Ranking(prompt_of(place, row), tuple(ranked))
+        return Ranking(prompt_of(place, row), distinct(ranked))
     (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
-    return Ranking(prompt, (chosen, rejected)) if prompt == other else None
+    return Ranking(prompt, distinct((chosen, rejected))) if prompt == other else None
+
+
+def distinct(responses: Iterable[str]) -> tuple[str, ...]:
+    """The responses that say something, each once, where it ranks best."""
+    return tuple(dict.fromkeys(text for text in responses if text.strip()))
 
 
 @functools.lru_cache(maxsize=2)
 def read_preferences(source: str, share: float, seed: int,
                      most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
     """load_preferences, for one source; read once however many stages ask for it."""
-    train, test, prompts_differ, empty = [], [], 0, 0
+    train, test, prompts_differ, alike = [], [], 0, 0
     files = data_files(source)
     root = os.path.commonpath([os.path.dirname(f) for f in files])
-    is_test = {f: bool(re.search(r"(^|[/_.-])(test|valid|eval)", os.path.relpath(f, root or "."))) for f in files}
+    is_test = {f: bool(re.search(TEST_SPLIT, os.path.relpath(f, root or "."))) for f in files}
     has_split = any(is_test.values()) and not all(is_test.values())
     for file in files:
         for place, row in read_rows(file):
             ranking = ranking_of(place, row)
             if ranking is None:
                 prompts_differ += 1
-            elif not all(text.strip() for text in ranking.responses):
-                empty += 1
+            elif len(ranking.responses) < 2:
+                alike += 1
             else:
                 hidden = is_test[file] if has_split else is_held_out(ranking.prompt, share, seed)
                 (test if hidden else train).append(ranking)
     seen = {prompt_key(p.prompt) for p in test}
     leaked = len(train) - len(train := [p for p in train if prompt_key(p.prompt) not in seen])
-    for count, why in ((prompts_differ, "differ in more than the last response"), (empty, "have an empty response"),
+    for count, why in ((prompts_differ, "differ in more than the last response"), (alike, "have no two responses"),
                        (leaked, "have a prompt of the test split")):
         if count:
             print0(f"  {source}: {count} preferences {why}; left out")
@@ -1022,6 +1033,9 @@ def cut_by_tokens(lengths: list[int], budget: int, enough: float = math.inf) -> 
     return groups
 
 
+FORWARD_ONLY = 4  # times as many tokens where no activations are kept
+
+
 def deal(lengths: list[int], budget: int) -> list[list[int]]:
     """This rank's micro-batches of a step.  All ranks get equally many: [] stands where one has nothing left to do."""
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -1072,7 +1086,7 @@ def print_plan(examples: int, cfg: Config) -> None:
 
 
 def without_padding(model: Any) -> Any:
-    """The model, made to read sequences that lie end to end, if it proves to read each as if it were alone.
+    """The model, made to read sequences that lie end to end, if on two short ones it proves to read each as if alone.
 
     A state-space layer, say, would carry one sequence's state into the next: such a model gets its sequences padded.
     So does a small one, to which padding costs less than a call of attention for each sequence.
@@ -1099,7 +1113,7 @@ def without_padding(model: Any) -> Any:
     return model
 
 
-PADDED_BELOW = 256  # hidden width; the toy world's steps take an eighth less
+PADDED_BELOW = 256  # hidden width; padded, the toy world's steps take an eighth less
 END_TO_END = "end_to_end"  # what transformers calls attention(), below
 
 
@@ -1440,7 +1454,7 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int,
     done: dict[int, Response] = {}
     with progress(None, what, total=len(share), unit="row") as bar:
         tokens, start = 0, time.perf_counter()
-        for group in cut_by_tokens(lengths, 4 * cfg.micro_batch_tokens):
+        for group in cut_by_tokens(lengths, FORWARD_ONLY * cfg.micro_batch_tokens):
             draws = (np.random.Generator(np.random.Philox(key=[seed, seeds[share[i]]])) for i in group)
             uniform = np.stack([row.random(cfg.max_response_tokens) for row in draws])
             responses = _sample_group(model, [paths[i] for i in group], torch.from_numpy(uniform).to(device()), cfg,
@@ -1712,7 +1726,7 @@ def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor, tempera
 def each_response_token(compute: Callable, examples: list[Example], cfg: Config) -> list[list[float]]:
     """What compute(micro-batch) -> (N,) says of each response token, in the examples' order; ranks share the work."""
     found: dict[int, list[float]] = {}
-    for hand in deal([len(e.ids) for e in examples], 4 * cfg.micro_batch_tokens):
+    for hand in deal([len(e.ids) for e in examples], FORWARD_ONLY * cfg.micro_batch_tokens):
         rows = iter(compute(collate([examples[i] for i in hand] or [idle(examples[0])])).tolist())
         found.update((i, [next(rows) for _ in range(examples[i].response_tokens)]) for i in hand)
     return gather_rows(found, len(examples))

@@ -47,12 +47,14 @@ class Config(common.Config):
         common.require(all(0 <= g < math.inf for g in self.guidance),
                        f"--guidance must be 0 or above, not {self.guidance}")
         common.require(not any(self.guidance) or self.condition_dropout > 0,
-                       "--guidance needs a --condition_dropout above 0")
+                       "--guidance needs a --condition_dropout above 0; without one, give --guidance 0")
         common.require(self.target[-1] != "none", "--target: the last one is the default, and must ask for a reward")
         common.require(0.01 <= self.reward_step < math.inf,
                        f"--reward_step must be 0.01 or above, not {self.reward_step}")
         common.require(self.reward_format in ("decimal", "digit"),
                        f"--reward_format is decimal or digit, not {self.reward_format!r}")
+        common.require(self.reward_format == "decimal" or self.reward_step >= 0.1,
+                       f"--reward_format digit has ten steps: {self.reward_step} is too small a --reward_step")
         for target in self.target:
             wish(target, np.zeros(1))
 

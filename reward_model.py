@@ -14,6 +14,7 @@ where it has one.  The folder it leaves is an AutoModelForSequenceClassification
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 from dataclasses import dataclass
@@ -115,8 +116,8 @@ def collate(rankings: list[list[list[int]]], share: float) -> RankingBatch:
 
 def batches(rankings: list[Ranking], tokenizer: Any, cfg: Config,
             first: int = 0) -> Iterator[tuple[int, list[RankingBatch]]]:
-    """This rank's micro-batches of each step from the `first` on.  A step's loss is the mean over its prompts, all
-    ranks together."""
+    """This rank's micro-batches of each step from the `first` on; a prompt's responses stay together.  A step's loss is
+    the mean over its prompts, all ranks together."""
     for at, indices in common.step_indices(len(rankings), cfg, first):
         step = prepare([rankings[i] for i in indices], tokenizer, cfg)
         share = common.world_size() / len(step)  # DDP averages gradients over ranks
@@ -130,6 +131,7 @@ def train(cfg: Config, base: str, folder: Path) -> None:
     rankings, _ = common.load_preferences(cfg)
     tokenizer = padding_tokenizer(base)
     model = common.read_once(functools.partial(new_classifier, base, tokenizer), cfg)
+    common.check_lengths(base, model, cfg)
     if cfg.gradient_checkpointing:
         common.recompute_activations(model)
     reward_model = common.distributed(RewardModel(model.train(), common.compute_dtype(cfg)), cfg)
@@ -158,10 +160,12 @@ CARD = """# A Bradley-Terry reward model
 Trained from `{base}` on the ranked responses to {prompts} prompts. A response is scored at its last token, EOS:
 
 ```python
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForSequenceClassification, AutoTokenizer))
-inputs = tokenizer([prompt + response + tokenizer.eos_token], return_tensors="pt", padding=True)
-score = model(**inputs).logits[:, 0]
+ids = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False) + [tokenizer.eos_token_id]
+# of chat messages: ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) + ...
+score = model(torch.tensor([ids])).logits[0, 0]
 ```
 """
 
@@ -211,11 +215,12 @@ def load_scorer(folder: str, dtype: torch.dtype) -> tuple[RewardModel, Any]:
 def score(cfg: common.Config, folder: str, prompts: list, responses: list[str], truncated: list[bool]) -> list[float]:
     """The reward model's raw scores, in the rows' order on every rank; a row's score does not depend on its batch."""
     model, tokenizer = load_scorer(folder, common.compute_dtype(cfg))
+    common.check_lengths(folder, model.model, cfg)
     rows = [p + r for p, r in zip(common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens),
                                   common.encode_responses(tokenizer, responses, cfg.max_response_tokens, truncated))]
     share = range(common.rank(), len(rows), common.world_size())
     found: dict[int, float] = {}
-    groups = common.cut_by_tokens([len(rows[i]) for i in share], 4 * cfg.micro_batch_tokens)
+    groups = common.cut_by_tokens([len(rows[i]) for i in share], common.FORWARD_ONLY * cfg.micro_batch_tokens)
     for group in common.progress(groups, "scoring"):
         found.update(zip((share[i] for i in group), model(*end_to_end([rows[share[i]] for i in group])).tolist()))
     return common.gather_rows(found, len(rows))
@@ -228,15 +233,16 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     """
     rows = [(ranking.prompt, text) for ranking in rankings for text in ranking.responses]
     scores = iter(score(cfg, folder, *zip(*rows), [False] * len(rows)))
-    margins, longer, weight = [], [], []
+    margins, longer, weight, by_prompt = [], [], [], []
     for ranking in rankings:
         pairs = list(itertools.combinations([(next(scores), len(text)) for text in ranking.responses], 2))
         margins += [better - worse for (better, _), (worse, _) in pairs]
-        longer += [np.sign(b - w) / 2 + 0.5 for (_, b), (_, w) in pairs]
+        by_prompt.append(np.mean(_wins(margins[-len(pairs):])))
+        longer += [better - worse for (_, better), (_, worse) in pairs]
         weight += [1 / len(pairs)] * len(pairs)
-    margin, right, weight = np.abs(margins), np.array(margins) > 0, np.array(weight)
-    accuracy, longer = float(np.average(right, weights=weight)), float(np.average(longer, weights=weight))
-    error = math.sqrt(accuracy * (1 - accuracy) / len(rankings))
+    margin, right, weight = np.abs(margins), _wins(margins), np.array(weight)
+    accuracy, longer = float(np.mean(by_prompt)), float(np.average(_wins(longer), weights=weight))
+    error = float(np.std(by_prompt)) / math.sqrt(len(by_prompt))
     print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± {error:.3f}; "
            f"control: {'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     bins = []
@@ -244,12 +250,17 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
         inside = (low <= margin) & (margin < high)
         if inside.any():
             bins.append({"margin": [low, high if high < math.inf else None], "pairs": int(inside.sum()),
-                         "accuracy": float(right[inside].mean()),
-                         "promised": float((1 / (1 + np.exp(-margin[inside]))).mean())})
+                         "accuracy": float(np.average(right[inside], weights=weight[inside])),
+                         "promised": float(np.average(1 / (1 + np.exp(-margin[inside])), weights=weight[inside]))})
             print0("    margin {} to {}: {pairs:5} pairs, accuracy {accuracy:.2f}, promised {promised:.2f}".format(
                 low, high, **bins[-1]))
     return {"held_out_pairs": len(margin), "held_out_prompts": len(rankings), "accuracy": accuracy,
-            "longer_wins": longer, "by_margin": bins}
+            "error": error, "longer_wins": longer, "by_margin": bins}
+
+
+def _wins(differences: list) -> np.ndarray:
+    """1 where a difference is above 0, 1/2 where it is 0, else 0."""
+    return np.sign(differences) / 2 + 0.5
 
 
 def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[str, Cost]:
@@ -268,9 +279,10 @@ def built(cfg: common.Config, base: str, own: Optional[Config] = None) -> tuple[
         with common.new_folder(folder, wanted, own.resume) as work:
             with common.measured() as cost:
                 train(own, base, work)
-            load_scorer.cache_clear()
+            gc.collect()  # a sharded model is full of cycles
             common.write_record(work / "run.json", wanted, cost,
                                 report=report(cfg, str(work), common.load_preferences(cfg)[1]))
+            load_scorer.cache_clear()  # the folder is about to be renamed
     return str(folder), Cost(**common.read_record(folder / "run.json")["cost"])
 
 

@@ -749,7 +749,7 @@ def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
     train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     said = capsys.readouterr().out
     assert len(train) + len(held_out) == 20
-    assert "1 preferences differ" in said and "1 preferences have an empty response" in said
+    assert "1 preferences differ" in said and "1 preferences have no two responses" in said
 
 
 def test_train_and_held_out_share_no_prompt(tmp_path):
@@ -881,6 +881,7 @@ FLAGS = [("mle_filter", ["--keep", "0"], "--keep"), ("rwr", ["--beta", "0"], "--
          ("rwr", ["--lr", "-1"], "--lr"), ("dt", ["--targt", "1"], "--targt"),
          ("dt", ["--target", "high"], "--target"), ("dt", ["--target", "q99", "none"], "--target"),
          ("dt", ["--condition_dropout", "0"], "--guidance"),
+         ("dt", ["--reward_step", "0.01"], "--reward_step"), ("dt", ["--samples", "s.jsonl"], "--samples"),
          ("dt", ["--steps", "few"], "--steps"), ("dt", ["--top_p", "0"], "--top_p"),
          ("rwr", ["--model", "m"], "--model needs data"), ("rwr", ["--preferences", "p"], "--model"),
          ("rwr", ["--lr", "nan"], "--lr"),

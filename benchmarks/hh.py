@@ -13,8 +13,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from measure import call, machine, markdown, record
 from paired import by_prompt, leaderboard, table
 
@@ -63,9 +61,8 @@ def split(cfg: Config, out: Path) -> None:
 def report(name: str, folder: Path) -> str:
     """How often a reward model is right on the test pairs."""
     found = json.loads((folder / "run.json").read_text())["report"]
-    error = np.sqrt(found["accuracy"] * (1 - found["accuracy"]) / found["held_out_prompts"])
     longer = found["longer_wins"]
-    return (f"- {name}: right on {found['accuracy']:.3f} ± {error:.3f} of {found['held_out_pairs']} test pairs; "
+    return (f"- {name}: right on {found['accuracy']:.3f} ± {found['error']:.3f} of {found['held_out_pairs']} pairs, "
             f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
 
 
@@ -76,7 +73,7 @@ def main(cfg: Config) -> None:
     if not (out / "judge-data" / "test.jsonl").exists():
         split(cfg, out)
     shared = ["--model", cfg.model, "--max_prompt_tokens", cfg.max_prompt_tokens, "--max_response_tokens",
-              cfg.max_response_tokens]
+              cfg.max_response_tokens, *([] if cfg.compile else ["--no_compile"])]
     train = ["--lr", cfg.lr, "--batch_size", 16]
     call(out / "judge", "reward_model.py", *shared, "--preferences", out / "judge-data", *train)
     shared += ["--preferences", out / "data"]
@@ -89,7 +86,8 @@ def main(cfg: Config) -> None:
     lines = [report("reward model", out / "rm"), report("judge", out / "judge" / "rm")]
     tables = []
     for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
-        tables.append(table(by_prompt([cfg.out], lambda reply: reply[column]), "sft"))
+        found = by_prompt([cfg.out], lambda reply: reply[column])
+        tables.append(table(found, "sft" if "sft" in cfg.methods else "base"))
         lines += ["", f"{what}:", "", markdown(tables[-1])]
     costs = [{"policy": name, **{column: f"{row[column]:{form}}" for column, form in
               (("win_rate", ".2f"), ("kl_to_base", ".1f"), ("perplexity", ".1f"), ("response_tokens", ".0f"),

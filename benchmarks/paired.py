@@ -4,7 +4,8 @@
     python benchmarks/paired.py --runs runs/hh --column reward
 
 A prompt is the unit: what a policy got on it is averaged over replies and seeds, and differences are taken prompt by
-prompt.  The last column is the power of it all: the difference that such an experiment sees four times in five.
+prompt.  The last column is the power of it all: the difference that such an experiment sees four times in five.  What a
+training run with another seed would have done is not in the intervals: look at the means run by run.
 """
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ class Config:
     runs: list[str] = knob(["runs/toy"], "folders of runs with the same held-out prompts, a seed each")
     column: str = knob("gold", "gold, of the toy world or --judge, or reward")
     against: str = knob("sft", "the policy that all are held against, by the start of its name")
-    compile: bool = knob(True, "of no use here")
 
 
 def leaderboard(run: str) -> dict[str, dict]:
-    """A run's leaderboard rows by name; of several seeds in one folder, the last."""
+    """A run's leaderboard rows by name, those that compare with the newest; of several seeds, the last."""
     file = Path(run) / "leaderboard.jsonl"
     common.require(file.exists(), f"{run}: no leaderboard.jsonl there; train something first")
-    rows = sorted((row for _, row in common.read_rows(str(file))), key=common.row_key)
+    rows = [row for _, row in common.read_rows(str(file))]
+    rows = sorted((row for row in rows if row.get("setting") == rows[-1].get("setting")), key=common.row_key)
     return {f"{row['algorithm']} {row['variant']}".strip(): row for row in rows}
 
 
@@ -67,6 +68,7 @@ def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, float, int]
     ours, theirs = ({prompt: np.mean([run[prompt] for run in runs if prompt in run])
                      for prompt in set().union(*runs)} for runs in (ours, theirs))
     each = np.array([ours[prompt] - theirs[prompt] for prompt in sorted(ours.keys() & theirs.keys())])
+    common.require(len(each) > 1, "the policies have not two prompts in common")
     return float(each.mean()), float(each.std(ddof=1)) / math.sqrt(len(each)), len(each)
 
 

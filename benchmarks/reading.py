@@ -62,6 +62,7 @@ class Config:
 
     def __post_init__(self) -> None:
         common.require(bool(self.model and self.transcripts), "give --model and --transcripts")
+        common.require(self.methods[:1] != ["best_of_n"], "--methods: best_of_n learns from what another has labelled")
         common.require({*self.methods, *self.again} <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
 
 
@@ -100,7 +101,7 @@ def write_data(cfg: Config, folder: Path) -> None:
     common.write_text(folder.parent / "prompts.jsonl", (
         json.dumps({"prompt": [{"role": "user", "content": turn}]}) for turn in turns if turn))
     run = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
-                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
+                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.01, max_prompt_tokens=128,
                         temperature=cfg.temperature, out=str(folder.parent),
                         max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
     written = common.labelled_samples(run, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
@@ -128,7 +129,8 @@ def run(cfg: Config) -> list[str]:
     if not (out / "data" / "test.jsonl").exists():
         write_data(cfg, out / "data")
     shared = ["--model", cfg.model, "--preferences", out / "data", "--sources", "dataset", "--max_prompt_tokens", 128,
-              "--max_response_tokens", cfg.max_response_tokens, "--temperature", cfg.temperature]
+              "--max_response_tokens", cfg.max_response_tokens, "--temperature", cfg.temperature,
+              *([] if cfg.compile else ["--no_compile"])]
     first = out / f"seed{cfg.seeds[0]}"
     call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16)
     folders = []
@@ -184,7 +186,7 @@ def main(cfg: Config) -> None:
     print(machine())
     folders = run(cfg)
     found = by_prompt(folders, lambda r: gold(r["prompt"], r["response"], r["truncated"]))
-    first, parts = table(found, "sft"), composition(folders)
+    first, parts = table(found, "sft" if "sft" in cfg.methods else "base"), composition(folders)
     pairs = [("dt target q99", "rwr"), ("dt target q99", "mle_filter"), ("rwr", "mle_filter"), ("dt target q99", "ppo")]
     named = [[next(name for name in found if name.startswith(start)) for start in pair] for pair in pairs
              if all(any(name.startswith(start) for name in found) for start in pair)]

@@ -44,7 +44,6 @@ class Config:
     """Which run, and how much of it."""
     out: str = knob("runs/toy", "the run's folder; report.html is written into it")
     conversations: int = knob(20, "held-out prompts that are shown with every policy's reply")
-    compile: bool = knob(True, "of no use here")
 
 
 def text(value: Any) -> str:

@@ -84,7 +84,7 @@ def ppo_phases(cfg: Config, dtype: str) -> dict:
 
     @torch.inference_mode()
     def score(examples: list[common.Example]) -> np.ndarray:
-        groups = common.cut_by_tokens([len(e.ids) for e in examples], 4 * run.micro_batch_tokens)
+        groups = common.cut_by_tokens([len(e.ids) for e in examples], common.FORWARD_ONLY * run.micro_batch_tokens)
         return np.concatenate([scorer(*reward_model.end_to_end([examples[i].ids for i in group])).cpu().numpy()
                                for group in groups])
     for iteration in range(cfg.repeats + 1):

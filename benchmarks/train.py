@@ -32,7 +32,7 @@ class Config:
     batch_size: int = knob(8, "sequences per optimiser step")
     max_prompt_tokens: int = knob(256, "longer prompts are cut on the left")
     max_response_tokens: int = knob(128, "longer responses are cut on the right")
-    micro_batch_tokens: int = knob(8192, "ours: padded tokens that one forward may hold")
+    micro_batch_tokens: int = knob(8192, "ours: tokens that one forward may hold")
     dtypes: list[str] = knob(["bf16", "fp32"], "of bf16, fp32")
     repeats: int = knob(5, "timed epochs of each contender")
     out: str = knob("runs/benchmarks/train.jsonl", "file that a line of results is added to")
