@@ -13,7 +13,6 @@ chat messages for the tokenizer's chat template.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import gc
 import gzip
@@ -137,8 +136,6 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     try:
         cfg = parse(kind, args)
         quieten_libraries()
-        if isinstance(cfg, Config):
-            keep_freed_memory()
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -197,14 +194,6 @@ def quieten_libraries() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves alone
-
-
-def keep_freed_memory() -> None:
-    """On a CPU, has glibc keep what tensors free for the next ones: the system's fresh pages take a tenth of a step."""
-    if device().type == "cpu" and platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold = -4, -1  # glibc's numbers for them, in malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, -1)
 
 
 def seed_everything(seed: int) -> None:

@@ -55,14 +55,14 @@ class Config:
     max_response_tokens: int = knob(64, "of every reply")
     rm_lr: float = knob(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = knob(5e-4, "of the offline methods")
-    sft_steps: int = knob(31, "of the control, SFT: as many samples as filtering keeps, drawn at random")
+    steps: list[str] = knob(["sft=31", "ppo=12"], "optimiser steps, or PPO's iterations, in place of a pass over all")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
-    ppo_steps: int = knob(12, "PPO's iterations")
     compile: bool = knob(True, "torch.compile the loss kernels")
 
     def __post_init__(self) -> None:
         common.require(bool(self.model and self.transcripts), "give --model and --transcripts")
         common.require(self.methods[:1] != ["best_of_n"], "--methods: best_of_n learns from what another has labelled")
+        common.require(all(re.fullmatch(r"\w+=\d+", pair) for pair in self.steps), "--steps takes sft=31, say")
         common.require({*self.methods, *self.again} <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
 
 
@@ -133,14 +133,15 @@ def run(cfg: Config) -> list[str]:
               *([] if cfg.compile else ["--no_compile"])]
     first = out / f"seed{cfg.seeds[0]}"
     call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16)
-    folders = []
+    steps, folders = dict(pair.split("=") for pair in cfg.steps), []
     for seed in cfg.seeds:
         for method in cfg.methods if seed == cfg.seeds[0] else cfg.again:
             folder = out / f"seed{seed}{'-' + method if method == 'best_of_n' else ''}"
             folders += [folder] if folder not in folders else []
             given = [] if folder == first else ["--samples", first / "samples.jsonl", "--reward_model", first / "rm"]
-            rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
-                     ["--lr", cfg.lr, "--batch_size", 32, *(["--steps", cfg.sft_steps] if method == "sft" else [])])
+            rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr] if method == "ppo" else
+                     ["--lr", cfg.lr, "--batch_size", 32])
+            rates += ["--steps", steps[method]] if method in steps else []
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
 
