@@ -1084,6 +1084,8 @@ def without_padding(model: Any) -> Any:
     if before != "sdpa" or getattr(model.config, "hidden_size", PADDED_BELOW) < PADDED_BELOW:
         return model
     register_attention()
+    exact = model.device.type == "cpu" and model.dtype.itemsize > 2
+    near = (1e-3, 1e-3) if exact else (0.2, 0.5)  # a bfloat16 SmolLM2 is 0.04 and 0.2 off, and 0.6 if it sees too much
     ids, lengths = torch.arange(24, device=model.device) % model.config.vocab_size, [9, 15]
     small = next((p for p in model.parameters() if p.dim() == 1), model.get_input_embeddings().weight)
     with torch.enable_grad(), autocast(torch.bfloat16 if model.device.type == "cuda" else torch.float32):
@@ -1092,8 +1094,8 @@ def without_padding(model: Any) -> Any:
         try:
             together = hidden_states(model, ids, lengths)
             grads = [torch.autograd.grad(hidden[:, ::2].float().sum(), small)[0] for hidden in (apart, together)]
-            proven = all((ours - theirs).norm() < 0.05 * theirs.norm()
-                         for ours, theirs in ((together, apart), reversed(grads)))
+            proven = all((ours - theirs).norm() < much * theirs.norm()
+                         for (ours, theirs), much in zip(((together, apart), reversed(grads)), near))
         except Exception:  # whatever the code of some other architecture raises
             proven = False
     if not proven:

@@ -376,6 +376,10 @@ def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(monkeypat
     torch.testing.assert_close(loss, expected)
 
 
+def test_a_model_in_bfloat16_is_read_without_padding_too():
+    assert tiny_model(dtype=torch.bfloat16).config._attn_implementation == common.END_TO_END
+
+
 def test_order_of_the_data_comes_from_the_seed_alone():
     steps = [indices for _, indices in common.step_indices(20, config(batch_size=8, epochs=2))]
     assert [len(s) for s in steps] == [8, 8, 4] * 2
