@@ -12,6 +12,7 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 from measure import call, machine, markdown, record
 from paired import by_prompt, leaderboard, table
@@ -21,7 +22,7 @@ from common import knob
 
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.25"],
            "rwr": ["rwr.py"],
-           "dt": ["dt.py", "--target", "none", "q5", "q50", "5.00", "q99", "--guidance", "0.5", "1", "2"],
+           "dt": ["dt.py", "--target", "q5", "q50", "q99"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
 
 
@@ -32,7 +33,9 @@ class Config:
     preferences: str = knob(None, "preference pairs, as the trainers take them")
     out: str = knob("runs/hh", "folder of the data, the judge, the run and the tables")
     methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
-    samples_per_prompt: int = knob(1, "generated responses a prompt, beside the two of each pair")
+    max_pairs: Optional[int] = knob(None, "train reward model, judge and policies on so many pairs' prompts each")
+    sources: str = knob("dataset+generated", "what is labelled and learnt from: dataset, or a generated reply too")
+    eval_prompts: int = knob(320, "test prompts that every policy answers")
     max_prompt_tokens: int = knob(192, "longer prompts are cut on the left")
     max_response_tokens: int = knob(64, "longer responses are cut on the right")
     lr: float = knob(1e-4, "of judge, reward model and offline methods")
@@ -73,7 +76,8 @@ def main(cfg: Config) -> None:
     if not (out / "judge-data" / "test.jsonl").exists():
         split(cfg, out)
     shared = ["--model", cfg.model, "--max_prompt_tokens", cfg.max_prompt_tokens, "--max_response_tokens",
-              cfg.max_response_tokens, *([] if cfg.compile else ["--no_compile"])]
+              cfg.max_response_tokens, *([] if cfg.compile else ["--no_compile"]),
+              *(["--max_pairs", cfg.max_pairs] if cfg.max_pairs else [])]
     train = ["--lr", cfg.lr, "--batch_size", 16]
     call(out / "judge", "reward_model.py", *shared, "--preferences", out / "judge-data", *train)
     shared += ["--preferences", out / "data"]
@@ -81,8 +85,8 @@ def main(cfg: Config) -> None:
     for method in cfg.methods:
         rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
                  ["--lr", cfg.lr, "--batch_size", 32])
-        call(out, *SCRIPTS[method], *shared, "--judge", out / "judge" / "rm", "--samples_per_prompt",
-             cfg.samples_per_prompt, "--eval_prompts", 320, *rates)
+        call(out, *SCRIPTS[method], *shared, "--judge", out / "judge" / "rm", "--sources", cfg.sources,
+             "--eval_prompts", cfg.eval_prompts, *rates)
     lines = [report("reward model", out / "rm"), report("judge", out / "judge" / "rm")]
     tables = []
     for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
