@@ -33,7 +33,7 @@ class Config:
     preferences: str = knob(None, "preference pairs, as the trainers take them")
     out: str = knob("runs/hh", "folder of the data, the judge, the run and the tables")
     methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
-    max_pairs: Optional[int] = knob(None, "train reward model, judge and policies on so many pairs' prompts each")
+    max_pairs: Optional[int] = knob(None, "pairs that the run learns from, and the judge, at most")
     sources: str = knob("dataset+generated", "what is labelled and learnt from: dataset, or a generated reply too")
     eval_prompts: int = knob(320, "test prompts that every policy answers")
     max_prompt_tokens: int = knob(192, "longer prompts are cut on the left")
