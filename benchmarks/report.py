@@ -109,10 +109,11 @@ def draw_asked(figure: Any, rows: list[dict]) -> None:
     """What DT got against what it was asked for."""
     plain = sorted((r for r in rows if "guidance" not in r["variant"]), key=lambda r: r["asked"])
     guided = [r for r in rows if "guidance" in r["variant"]]
-    for axis, value in zip(figure.subplots(1, 2), ("reward", "gold")):
-        if all(r.get(value) is not None for r in rows):
-            axis.plot([r["asked"] for r in plain], [r[value] for r in plain], "o-", label="DT")
-            axis.plot([r["asked"] for r in guided], [r[value] for r in guided], "D", label="guided")
+    known = [value for value in ("reward", "gold") if all(r.get(value) is not None for r in rows)]
+    for i, value in enumerate(known):
+        axis = figure.add_subplot(1, len(known), i + 1)
+        axis.plot([r["asked"] for r in plain], [r[value] for r in plain], "o-", label="DT")
+        axis.plot([r["asked"] for r in guided], [r[value] for r in guided], "D", label="guided")
         axis.set_xlabel("reward z asked for"), axis.set_ylabel(f"{value} obtained"), axis.legend()
 
 
