@@ -82,6 +82,7 @@ def picture(draw: Callable, height: float = 3.6) -> str:
     grey = "#808080"
     with plt.rc_context({"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
                          "ytick.color": grey, "axes.grid": True, "grid.alpha": 0.25, "legend.framealpha": 0,
+                         "axes.prop_cycle": plt.cycler(color=plt.cm.tab20.colors),
                          "svg.hashsalt": "fixed", "legend.fontsize": 8}):
         figure = plt.figure(figsize=(10, height), layout="constrained")
         draw(figure)
