@@ -803,7 +803,7 @@ TEST_SPLIT = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$
 
 
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
-    """Preferences for training and held out, split by prompt.  Those without a difference to learn are left out.
+    """Preferences for training and held out, split by prompt.  Those without two responses to compare are left out.
 
     Files and folders named test, valid, validation, eval or evaluation, something behind it or not (test-0001.jsonl),
     are the held-out split; without one, prompts are held out by hash and seed.
@@ -818,21 +818,21 @@ def ranking_of(place: str, row: dict) -> Optional[Ranking]:
         ranked = field_of(place, row, "ranked", (list,), "a list of responses, best first")
         require(len(ranked) > 1 and all(isinstance(text, str) for text in ranked),
                 f"{place}: the field 'ranked' must be a list of two texts or more, best first")
-        return Ranking(prompt_of(place, row), distinct(ranked))
+        return Ranking(prompt_of(place, row), not_blank(ranked))
     (prompt, chosen), (other, rejected) = (conversation(place, row, side) for side in ("chosen", "rejected"))
-    return Ranking(prompt, distinct((chosen, rejected))) if prompt == other else None
+    return Ranking(prompt, not_blank((chosen, rejected))) if prompt == other else None
 
 
-def distinct(responses: Iterable[str]) -> tuple[str, ...]:
-    """The responses that say something, each once, where it ranks best."""
-    return tuple(dict.fromkeys(text for text in responses if text.strip()))
+def not_blank(responses: Iterable[str]) -> tuple[str, ...]:
+    """The responses that say something."""
+    return tuple(text for text in responses if text.strip())
 
 
 @functools.lru_cache(maxsize=2)
 def read_preferences(source: str, share: float, seed: int,
                      most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
     """load_preferences, for one source; read once however many stages ask for it."""
-    train, test, prompts_differ, alike = [], [], 0, 0
+    train, test, prompts_differ, blank = [], [], 0, 0
     files = data_files(source)
     root = os.path.commonpath([os.path.dirname(f) for f in files])
     is_test = {f: bool(re.search(TEST_SPLIT, os.path.relpath(f, root or "."))) for f in files}
@@ -843,13 +843,13 @@ def read_preferences(source: str, share: float, seed: int,
             if ranking is None:
                 prompts_differ += 1
             elif len(ranking.responses) < 2:
-                alike += 1
+                blank += 1
             else:
                 hidden = is_test[file] if has_split else is_held_out(ranking.prompt, share, seed)
                 (test if hidden else train).append(ranking)
     seen = {prompt_key(p.prompt) for p in test}
     leaked = len(train) - len(train := [p for p in train if prompt_key(p.prompt) not in seen])
-    for count, why in ((prompts_differ, "differ in more than the last response"), (alike, "have no two responses"),
+    for count, why in ((prompts_differ, "differ in more than the last response"), (blank, "have an empty response"),
                        (leaked, "have a prompt of the test split")):
         if count:
             print0(f"  {source}: {count} preferences {why}; left out")

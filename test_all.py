@@ -753,7 +753,7 @@ def test_unusable_pairs_are_counted_and_left_out(tmp_path, capsys):
     train, held_out = common.load_preferences(config(model="m", preferences=path, held_out=0.3))
     said = capsys.readouterr().out
     assert len(train) + len(held_out) == 20
-    assert "1 preferences differ" in said and "1 preferences have no two responses" in said
+    assert "1 preferences differ" in said and "1 preferences have an empty response" in said
 
 
 def test_train_and_held_out_share_no_prompt(tmp_path):
@@ -938,7 +938,7 @@ def test_samples_of_another_reward_model_give_a_warning_that_names_both(tmp_path
     path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "reward": 2})
     (tmp_path / "s.json").write_text('{"settings": {"scorer": "theirs"}}')
     monkeypatch.setattr(common, "split_prompts", lambda cfg, held_out: ["another prompt"])
-    common.given_samples(config(samples=path), "ours")
+    common.given_samples(config(model="m", samples=path), "ours")
     said = capsys.readouterr().out
     assert "theirs" in said and "ours" in said
 
