@@ -101,7 +101,7 @@ def write_data(cfg: Config, folder: Path) -> None:
     common.write_text(folder.parent / "prompts.jsonl", (
         json.dumps({"prompt": [{"role": "user", "content": turn}]}) for turn in turns if turn))
     run = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
-                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.01, max_prompt_tokens=128,
+                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
                         temperature=cfg.temperature, out=str(folder.parent),
                         max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
     written = common.labelled_samples(run, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
