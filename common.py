@@ -805,8 +805,8 @@ TEST_SPLIT = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
     """Preferences for training and held out, split by prompt.  Those without two responses to compare are left out.
 
-    Files and folders named test, valid, validation, eval or evaluation, something behind it or not (test-0001.jsonl),
-    are the held-out split; without one, prompts are held out by hash and seed.
+    Files and folders named test, val, valid, validation, eval or evaluation, or so and on (test-0001.jsonl), are the
+    held-out split; without one, prompts are held out by hash and seed.
     """
     source = str(toy_data(cfg)) if cfg.toy else cfg.preferences
     return read_preferences(source, cfg.held_out, cfg.seed, cfg.max_pairs)

@@ -236,8 +236,9 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     margins, longer, weight, by_prompt = [], [], [], []
     for ranking in rankings:
         pairs = list(itertools.combinations([(next(scores), len(text)) for text in ranking.responses], 2))
-        margins += [better - worse for (better, _), (worse, _) in pairs]
-        by_prompt.append(np.mean(_wins(margins[-len(pairs):])))
+        own = [better - worse for (better, _), (worse, _) in pairs]
+        margins += own
+        by_prompt.append(np.mean(_wins(own)))
         longer += [better - worse for (_, better), (_, worse) in pairs]
         weight += [1 / len(pairs)] * len(pairs)
     margin, right, weight = np.abs(margins), _wins(margins), np.array(weight)
