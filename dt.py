@@ -30,10 +30,10 @@ from common import Examples, Samples, knob, print0
 class Config(common.Config):
     """The algorithm's own knobs."""
     target: list[str] = knob(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, quantiles (q95), or none, "
-                             "to ask without the tag; the last is the default")
+                             "to ask without the tag; the last one in training is the policy's default")
     guidance: list[float] = knob([0.5], "a row more for each: the last target, guided so much towards it; 0 for none")
-    condition_dropout: float = knob(0.1, "share of the examples that are trained without the tag; guidance needs some",
-                                    of="training")
+    condition_dropout: float = knob(0.1, "share of the examples, in each epoch the same, that have no tag; guidance "
+                                         "needs some", of="training")
     reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
     reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
                               toy="digit", of="training")

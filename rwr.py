@@ -1,12 +1,12 @@
 """Reward-weighted regression: imitate every response, the better the more.
 
-    w_i = min(exp((z_i - b) / beta), w_max)
-    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i w_i |y_i|
+    w_i = min(exp(z_i / beta), w_max)
+    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i w_i |y_i|          both sums over a step's batch
 
 One idea apart from mle_filter.py: a weight where that has a threshold.  (Peters & Schaal 2007, "Reinforcement learning
 by reward-weighted regression"; the cap w_max is AWR's, Peng et al. 2019, arXiv 1910.00177.)  z is the reward
-standardised over the samples, and b = 0.  A weight multiplies the sum over its response's tokens, not their mean.
-Left out: AWR's learnt baseline.
+standardised over the samples.  A weight multiplies the sum over its response's tokens, not their mean; it is relative
+to the others of its batch.  Left out: AWR's learnt baseline.
 
     python rwr.py                                              the toy world, one CPU
     torchrun --nproc_per_node=8 rwr.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
@@ -31,7 +31,8 @@ class Config(common.Config):
     """The algorithm's own knobs."""
     beta: float = knob(0.25, "temperature of the weights: large is plain SFT, small only the best", toy=0.18,
                        of="training")
-    w_max: float = knob(20.0, "cap on a weight; 0 for none", toy=0.0, of="training")
+    w_max: float = knob(20.0, "cap on a weight, which with beta 0.25 all z above 0.75 reach; 0 for none", toy=0.0,
+                        of="training")
     lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=2e-3, of="training")
     steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
 
