@@ -29,7 +29,7 @@ class Config:
     """Which runs, and what to compare."""
     runs: list[str] = knob(["runs/toy"], "folders of runs with the same held-out prompts, a seed each")
     column: str = knob("gold", "gold, of the toy world or --judge, or reward")
-    against: str = knob("sft", "the policy that all are held against, by the start of its name")
+    against: str = knob("base", "the policy that all are held against, by the start of its name")
 
 
 def leaderboard(run: str) -> dict[str, dict]:

@@ -2,11 +2,11 @@
 
     python benchmarks/reading.py --model SMOLLM2 --transcripts PAIRS.jsonl.gz --out runs/reading     # hours on 2 cores
 
-The prompts are the first human turns of HH transcripts; the model itself answers each several times.  Gold is Flesch's
-reading ease of a reply, in tens, less 2 if it is unfinished, 3 if shorter than 15 words, 2 if it has no word of the
-prompt.  A noisy labeller ranks each prompt's replies by gold; a reward model learns from the ranks, labels the replies,
-and each method learns from those; SFT, the control, from a random fifth of them.  Then: what each policy gets of gold
-on held-out prompts, and how it games it.
+The prompts are the first human turns of HH transcripts; the model itself answers each several times, and with
+--logged the transcripts' own first replies are added.  Gold is Flesch's reading ease of a reply, in tens, less 2 if it
+is unfinished, 3 if shorter than 15 words, 2 if it has no word of the prompt.  A noisy labeller ranks each prompt's
+replies by gold; a reward model learns from the ranks, labels the replies, and each method learns from those, SFT, the
+control, too.  Then: what each policy gets of gold on held-out prompts, and how it games it.
 
 Every stage that is finished is kept; a call that was broken off goes on.  Seeds after the first share the first one's
 replies, ranks and reward model: they vary the order of the data, the dropped tags and the replies in evaluation.
@@ -30,9 +30,8 @@ from common import knob
 
 TARGETS = ["none", "q5", "q50", "q95", "5.00", "q99"]
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.2"],
-           "best_of_n": ["mle_filter.py", "--keep", "0.3", "--per_prompt"], "rwr": ["rwr.py"],
-           "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_format", "digit",
-                  "--reward_step", "0.5"],
+           "best_of_n": ["mle_filter.py", "--keep", "0.01", "--per_prompt"], "rwr": ["rwr.py"],
+           "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_step", "0.5"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
 COMMON_WORDS = set(
     "what some with that this have from your about would could should they them there when where which will does into "
@@ -48,27 +47,31 @@ class Config:
     seeds: list[int] = knob([0, 1, 2], "the first one runs every method, the others those of --again")
     methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
     again: list[str] = knob(["mle_filter", "rwr", "dt"], "methods of the later seeds")
-    replies: int = knob(4, "to each prompt")
+    replies: int = knob(4, "of the model to each prompt")
+    logged: bool = knob(False, "learn from the transcripts' own first replies too")
     held_out: float = knob(0.2, "share of the prompts that nothing is trained on")
     noise: float = knob(1.0, "scale of the labeller's Gumbel noise, in gold: Bradley-Terry at that temperature")
     temperature: float = knob(0.7, "of all sampling")
     max_response_tokens: int = knob(64, "of every reply")
     rm_lr: float = knob(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = knob(5e-4, "of the offline methods")
-    steps: list[str] = knob(["sft=31", "ppo=12"], "optimiser steps, or PPO's iterations, in place of a pass over all")
+    batch_size: int = knob(32, "sequences per optimiser step, of the offline methods")
+    steps: list[str] = knob(["ppo=12"], "optimiser steps, or PPO's iterations, in place of a pass over all")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
+    eval_prompts: int = knob(256, "held-out prompts that every policy answers")
     compile: bool = knob(True, "torch.compile the loss kernels")
 
     def __post_init__(self) -> None:
         common.require(bool(self.model and self.transcripts), "give --model and --transcripts")
         common.require(self.methods[:1] != ["best_of_n"], "--methods: best_of_n learns from what another has labelled")
-        common.require(all(re.fullmatch(r"\w+=\d+", pair) for pair in self.steps), "--steps takes sft=31, say")
+        common.require(all(re.fullmatch(rf"({'|'.join(SCRIPTS)})=\d+", pair) for pair in self.steps),
+                       "--steps takes sft=31, say")
         common.require({*self.methods, *self.again} <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
 
 
-def first_turn(prompt: str) -> str:
-    """The first human turn of a transcript."""
-    return prompt.split("\n\nHuman:", 1)[-1].split("\n\nAssistant:", 1)[0].strip()
+def first_turn(text: str) -> str:
+    """The first turn of a transcript, or of what is left of one."""
+    return re.split(r"\n\n(?:Human|Assistant):", text.removeprefix("\n\nHuman:"))[0].strip()
 
 
 def syllables(word: str) -> int:
@@ -95,29 +98,48 @@ def gold(prompt: list[dict], response: str, truncated: bool) -> float:
     return m["ease"] / 10 - 2 * m["unfinished"] - 3 * m["short"] - 2 * m["off the prompt"]
 
 
+def first_replies(transcripts: str) -> list[tuple[str, str]]:
+    """(first human turn, the reply that it got) of every transcript."""
+    texts = [prompt + response for file in common.data_files(transcripts) for place, row in common.read_rows(file)
+             for prompt, response in [common.conversation(place, row, side) for side in ("chosen", "rejected")]]
+    return list(dict.fromkeys((first_turn(text), first_turn(text.split("\n\nAssistant:", 1)[1])) for text in texts))
+
+
 def write_data(cfg: Config, folder: Path) -> None:
-    """The base policy's replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
+    """Replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
     turns = dict.fromkeys(first_turn(p) for p in common.read_prompts(cfg.transcripts, lambda prompt: True))
     common.write_text(folder.parent / "prompts.jsonl", (
         json.dumps({"prompt": [{"role": "user", "content": turn}]}) for turn in turns if turn))
-    run = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
-                        sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
-                        temperature=cfg.temperature, out=str(folder.parent),
-                        max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
-    written = common.labelled_samples(run, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
-    ranked: dict[str, list[tuple[float, common.Sample]]] = {}
-    rng = random.Random(0)
-    for sample in written.rows:
-        noise = -cfg.noise * math.log(-math.log(rng.random()))
-        ranked.setdefault(common.prompt_key(sample.prompt), []).append((sample.reward + noise, sample))
+    sampling = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
+                             sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
+                             temperature=cfg.temperature, out=str(folder.parent),
+                             max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
+    written = common.labelled_samples(sampling, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
+    said = [(sample.prompt[-1]["content"], sample.response) for sample in written.rows]
+    said += first_replies(cfg.transcripts) if cfg.logged else []
+    tokenizer, rng = common.load_tokenizer(cfg.model), random.Random(0)
+    ranked: dict[str, list[tuple[float, str]]] = {}
+    for (turn, reply), ids in zip(said, common.encode_responses(tokenizer, [reply for _, reply in said],
+                                                                cfg.max_response_tokens)):
+        cut, noise = ids[-1] != tokenizer.eos_token_id, -cfg.noise * math.log(-math.log(rng.random()))
+        truth = gold([{"content": turn}], tokenizer.decode(ids) if cut else reply, cut)
+        ranked.setdefault(turn, []).append((truth + noise, reply))
     lines: dict[str, list[str]] = {"train": [], "test": []}
-    for rows in ranked.values():
-        rows = [sample for _, sample in sorted(rows, key=lambda pair: -pair[0]) if sample.response.strip()]
-        if len(rows) > 1:
-            split = "test" if common.is_held_out(rows[0].prompt, cfg.held_out, 0) else "train"
-            lines[split].append(json.dumps({"prompt": rows[0].prompt, "ranked": [s.response for s in rows]}))
+    for turn, rows in ranked.items():
+        best_first = [reply for _, reply in sorted(rows, reverse=True) if reply.strip()]
+        if turn and len(best_first) > 1:
+            prompt = [{"role": "user", "content": turn}]
+            split = "test" if common.is_held_out(prompt, cfg.held_out, 0) else "train"
+            lines[split].append(json.dumps({"prompt": prompt, "ranked": best_first}))
     for split, texts in lines.items():
         common.write_text(folder / f"{split}.jsonl", texts)
+    common.write_text(folder / "settings.txt", [data_settings(cfg)])
+
+
+def data_settings(cfg: Config) -> str:
+    """What the data hang on."""
+    return json.dumps({name: getattr(cfg, name) for name in (
+        "model", "transcripts", "replies", "logged", "held_out", "noise", "temperature", "max_response_tokens")})
 
 
 def run(cfg: Config) -> list[str]:
@@ -126,13 +148,16 @@ def run(cfg: Config) -> list[str]:
     Filtering for each prompt has a folder beside its seed's: it would take the place of filtering over all.
     """
     out = Path(cfg.out)
-    if not (out / "data" / "test.jsonl").exists():
+    there = out / "data" / "settings.txt"
+    common.require(not there.exists() or there.read_text().strip() == data_settings(cfg),
+                   f"{out}: its replies are of other settings; take another --out")
+    if not there.exists():
         write_data(cfg, out / "data")
     shared = ["--model", cfg.model, "--preferences", out / "data", "--sources", "dataset", "--max_prompt_tokens", 128,
-              "--max_response_tokens", cfg.max_response_tokens, "--temperature", cfg.temperature,
-              *([] if cfg.compile else ["--no_compile"])]
+              "--max_response_tokens", cfg.max_response_tokens, "--temperature", cfg.temperature, "--eval_prompts",
+              cfg.eval_prompts, *([] if cfg.compile else ["--no_compile"])]
     first = out / f"seed{cfg.seeds[0]}"
-    call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16)
+    call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16, "--seed", cfg.seeds[0])
     steps, folders = dict(pair.split("=") for pair in cfg.steps), []
     for seed in cfg.seeds:
         for method in cfg.methods if seed == cfg.seeds[0] else cfg.again:
@@ -140,7 +165,7 @@ def run(cfg: Config) -> list[str]:
             folders += [folder] if folder not in folders else []
             given = [] if folder == first else ["--samples", first / "samples.jsonl", "--reward_model", first / "rm"]
             rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr] if method == "ppo" else
-                     ["--lr", cfg.lr, "--batch_size", 32])
+                     ["--lr", cfg.lr, "--batch_size", cfg.batch_size])
             rates += ["--steps", steps[method]] if method in steps else []
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
@@ -168,7 +193,7 @@ def composition(folders: list[str]) -> list[dict]:
 
 
 def slope(folders: list[str], value: str) -> str:
-    """How much of a standard deviation DT gives for one that it is asked for, at the quantiles; prompt by prompt."""
+    """How much more DT gives, in z or gold, for a z of one more that it is asked for; at the quantiles, by prompt."""
     found: dict[str, list[tuple[float, float]]] = {}
     for folder in folders:
         for name, row in leaderboard(folder).items():
@@ -178,8 +203,12 @@ def slope(folders: list[str], value: str) -> str:
                                                                          reply["truncated"])
                     found.setdefault(common.prompt_key(reply["prompt"]), []).append((row["asked"], got))
     each = np.array([np.polyfit(*zip(*points), 1)[0] for points in found.values()])
-    error = 1.96 * each.std(ddof=1) / math.sqrt(len(each))
-    return f"{each.mean():.2f} [{each.mean() - error:.2f}, {each.mean() + error:.2f}]"
+    return interval(float(each.mean()), each.std(ddof=1) / math.sqrt(len(each)))
+
+
+def interval(mean: float, error: float) -> str:
+    """A mean and its 95 % interval."""
+    return f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]"
 
 
 def main(cfg: Config) -> None:
@@ -187,22 +216,24 @@ def main(cfg: Config) -> None:
     print(machine())
     folders = run(cfg)
     found = by_prompt(folders, lambda r: gold(r["prompt"], r["response"], r["truncated"]))
-    first, parts = table(found, "sft" if "sft" in cfg.methods else "base"), composition(folders)
-    pairs = [("dt target q99", "rwr"), ("dt target q99", "mle_filter"), ("rwr", "mle_filter"), ("dt target q99", "ppo")]
-    named = [[next(name for name in found if name.startswith(start)) for start in pair] for pair in pairs
-             if all(any(name.startswith(start) for name in found) for start in pair)]
-    order = [f"- {ours} − {theirs}: {mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]"
-             for ours, theirs in named for mean, error, _ in [difference(found[ours], found[theirs])]]
+    golds, parts = table(found, "sft" if "sft" in cfg.methods else "base"), composition(folders)
+    order = []
+    for starts in (("dt target q99", "rwr"), ("dt target q99", "mle_filter keep 0.2"), ("rwr", "mle_filter keep 0.2"),
+                   ("dt target q99", "ppo")):
+        ours, theirs = (next((name for name in found if name.startswith(start)), None) for start in starts)
+        if ours and theirs:
+            mean, error, _ = difference(found[ours], found[theirs])
+            order.append(f"- {ours} − {theirs}: {interval(mean, error)}")
     report = json.loads((Path(folders[0]) / "rm" / "run.json").read_text())["report"]
     lines = [f"Gold on held-out prompts; reward model right on {report['accuracy']:.3f} of held-out pairs, longer wins "
-             f"{report['longer_wins']:.3f}", "", markdown(first), "", *order, ""]
+             f"{report['longer_wins']:.3f}", "", markdown(golds), "", *order, ""]
     if any(name.startswith("dt target q") for name in found):
         lines += [f"- slope of DT's reward z on the z asked for: {slope(folders, 'reward')}",
                   f"- slope of its gold: {slope(folders, 'gold')}", ""]
     lines.append(markdown(parts))
     print("\n".join(lines))
     common.write_text(Path(cfg.out) / "table.md", lines)
-    record("reading", first + parts, str(Path(cfg.out) / "reading.jsonl"))
+    record("reading", golds + parts, str(Path(cfg.out) / "reading.jsonl"))
 
 
 if __name__ == "__main__":
