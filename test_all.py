@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from pathlib import Path
@@ -1632,6 +1633,24 @@ def test_line_references_of_the_readme_lead_where_they_say():
         found = [i for i, text in enumerate((HERE / file).read_text().splitlines(), 1)
                  if re.match(rf"\s*def {name}\(", text)]
         assert int(line) in found, f"{name} in {file} is at {found}, the README says {line}"
+
+
+def test_the_readmes_lifting_example_has_the_gradient_of_the_weighted_loss():
+    code = re.search(r"(?s)\n      (targets = input_ids.roll.*?\n)\n", (HERE / "README.md").read_text()).group(1)
+    model, z, top, T = tiny_model(), torch.tensor([0.4, -0.2, 0.1]).double(), 0.5, 7
+    input_ids = torch.randint(1, V, (3, T), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(T - 1) >= torch.tensor([[2], [4], [3]]))
+    mask = torch.nn.functional.pad(mask, (0, 1)).flatten()                      # (B * T,), false at each last token
+    response_tokens = mask.view(3, T).sum(1)
+    exec(textwrap.dedent("      " + code), {
+        **globals(), **vars(rwr), "head_loss": common.head_loss, "rows": mask.nonzero().squeeze(1), **locals()})
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    nll = plain_nll(model(input_ids).logits.flatten(0, 1), input_ids.roll(-1, dims=1).flatten(), mask)
+    w = (z / 0.25).exp()
+    ((w.repeat_interleave(T) * nll).sum() / (w * response_tokens).sum()).backward()
+    for mine, p in zip(ours, model.parameters()):
+        torch.testing.assert_close(mine, p.grad)
 
 
 def test_the_benchmarks_use_only_what_the_scripts_have():
