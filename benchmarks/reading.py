@@ -56,6 +56,7 @@ class Config:
     rm_lr: float = knob(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = knob(5e-4, "of the offline methods")
     batch_size: int = knob(32, "sequences per optimiser step, of the offline methods")
+    reward_format: str = knob("decimal", "of DT's tag: decimal or digit")
     steps: list[str] = knob(["ppo=12"], "optimiser steps, or PPO's iterations, in place of a pass over all")
     ppo_lr: float = knob(1e-5, "of PPO, its critic included")
     eval_prompts: int = knob(256, "held-out prompts that every policy answers")
@@ -167,6 +168,7 @@ def run(cfg: Config) -> list[str]:
             rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr] if method == "ppo" else
                      ["--lr", cfg.lr, "--batch_size", cfg.batch_size])
             rates += ["--steps", steps[method]] if method in steps else []
+            rates += ["--reward_format", cfg.reward_format] if method == "dt" else []
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
 
