@@ -32,7 +32,7 @@ TARGETS = ["none", "q5", "q50", "q95", "5.00", "q99"]
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.2"],
            "best_of_n": ["mle_filter.py", "--keep", "0.01", "--per_prompt"], "rwr": ["rwr.py"],
            "dt": ["dt.py", "--target", *TARGETS, "--guidance", "0.5", "1", "2", "--reward_step", "0.5"],
-           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
+           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "64", "--batch_size", "16", "--ppo_epochs", "2"]}
 COMMON_WORDS = set(
     "what some with that this have from your about would could should they them there when where which will does into "
     "like want know tell give make need please just been were their then than most best good ever more".split())
@@ -57,8 +57,8 @@ class Config:
     lr: float = knob(5e-4, "of the offline methods")
     batch_size: int = knob(32, "sequences per optimiser step, of the offline methods")
     reward_format: str = knob("decimal", "of DT's tag: decimal or digit")
-    steps: list[str] = knob(["ppo=12"], "optimiser steps, or PPO's iterations, in place of a pass over all")
-    ppo_lr: float = knob(1e-5, "of PPO, its critic included")
+    steps: list[str] = knob(["ppo=8"], "optimiser steps, or PPO's iterations, in place of a pass over all")
+    ppo_lr: float = knob(3e-5, "of PPO, its critic included")
     eval_prompts: int = knob(256, "held-out prompts that every policy answers")
     compile: bool = knob(True, "torch.compile the loss kernels")
 
