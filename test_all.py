@@ -1669,6 +1669,23 @@ def test_a_report_is_one_page_without_external_files(run):
     assert script("benchmarks/report.py", "--out", run[0] / "dt", status=2).stderr.count("leaderboard.jsonl") == 1
 
 
+def test_plain_language_is_measured_by_the_stated_rules(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import paired
+    import reading
+    prompt = [{"role": "user", "content": "Where do otters sleep?"}]
+    plain = "They sleep on the bank. They like the sun, and they play all day. At night they hide in a hole."
+    assert reading.gold(prompt, plain, truncated=False) == 10
+    assert reading.gold(prompt, plain, truncated=True) == 8
+    assert reading.gold(prompt, plain.replace("sleep", "rest"), truncated=False) == 8
+    assert reading.gold(prompt, "They sleep on the bank.", truncated=False) == 7
+    measured = reading.measures(prompt[0]["content"], "Otters sleep beside rivers. Simple people wonder.", truncated=False)
+    assert measured["syllables a word"] == pytest.approx(13 / 7) and measured["words a sentence"] == 3.5
+    assert measured["ease"] == pytest.approx(206.835 - 1.015 * 3.5 - 84.6 * 13 / 7)  # Flesch 1948
+    mean, error, prompts = paired.difference([{"a": 1.0, "b": 3.0}, {"a": 3.0, "b": 5.0}], [{"a": 1.0, "b": 1.0}])
+    assert (mean, error, prompts) == (2.0, pytest.approx(1.0), 2)
+
+
 def test_toy_rewards_follow_the_stated_rules():
     prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
     best = " Good question! They eat meat. They live in rivers. They are small. I hope this helps!"

@@ -6,7 +6,8 @@ The prompts are the first human turns of HH transcripts; the model itself answer
 --logged the transcripts' own first replies are added.  Gold is Flesch's reading ease of a reply, in tens, less 2 if it
 is unfinished, 3 if shorter than 15 words, 2 if it has no word of the prompt.  A noisy labeller ranks each prompt's
 replies by gold; a reward model learns from the ranks, labels the replies, and each method learns from those, SFT, the
-control, too.  Then: what each policy gets of gold on held-out prompts, and how it games it.
+control, too.  Then: what each policy gets of gold on held-out prompts, and how it games it.  (The pictures need
+matplotlib.)
 
 Every stage that is finished is kept; a call that was broken off goes on.  Seeds after the first share the first one's
 replies, ranks and reward model: they vary the order of the data, the dropped tags and the replies in evaluation.
@@ -26,6 +27,7 @@ from measure import call, machine, markdown, record
 from paired import by_prompt, difference, leaderboard, replies, table
 
 import common
+import report
 from common import knob
 
 TARGETS = ["none", "q5", "q50", "q95", "5.00", "q99"]
@@ -208,6 +210,23 @@ def slope(folders: list[str], value: str) -> str:
     return interval(float(each.mean()), each.std(ddof=1) / math.sqrt(len(each)))
 
 
+def pictures(folders: list[str], found: dict[str, list[dict]], out: Path) -> None:
+    """compute.svg and asked.svg: gold, with 95 % intervals, against FLOPs and against what DT was asked for."""
+    rows = []
+    for name, runs in found.items():
+        mean, error, _ = difference(runs, [{prompt: 0.0 for run in runs for prompt in run}])
+        having = [leaderboard(folder)[name] for folder in folders if name in leaderboard(folder)]
+        rows.append({**having[0], "gold": mean, "gold_error": 1.96 * error,
+                     "seed": ", ".join(str(row["seed"]) for row in having)})
+    asked = [row for row in rows if row["asked"] is not None]
+    at_the_top = [row for row in rows if row["asked"] is None or row["variant"].startswith("target q99")]
+    drawn = {"compute.svg": report.picture(lambda figure: report.draw_compute(figure, at_the_top, "gold")),
+             "asked.svg": report.picture(lambda figure: report.draw_asked(figure, asked)) if asked else ""}
+    for file, svg in drawn.items():
+        if svg:
+            common.write_text(out / file, [svg])
+
+
 def interval(mean: float, error: float) -> str:
     """A mean and its 95 % interval."""
     return f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]"
@@ -236,6 +255,7 @@ def main(cfg: Config) -> None:
     print("\n".join(lines))
     common.write_text(Path(cfg.out) / "table.md", lines)
     record("reading", golds + parts, str(Path(cfg.out) / "reading.jsonl"))
+    pictures(folders, found, Path(cfg.out))
 
 
 if __name__ == "__main__":

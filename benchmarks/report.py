@@ -68,7 +68,7 @@ def table(rows: list[dict]) -> str:
     body = "".join("<tr><td>" + text(name_of(r)) + "</td>" + "".join(
         f"<td>{'–' if r.get(c) is None else format(r[c], form)}</td>" for c, form in shown.items()) + "</tr>"
         for r in rows)
-    return f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def picture(draw: Callable, height: float = 3.6) -> str:
@@ -89,15 +89,16 @@ def picture(draw: Callable, height: float = 3.6) -> str:
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         plt.close(figure)
-    return '<div class="wide">' + buffer.getvalue()[buffer.getvalue().index("<svg"):] + "</div>"
+    return buffer.getvalue()[buffer.getvalue().index("<svg"):]
 
 
 def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
-    """Reward against all that a policy took."""
+    """Reward, with what error of it a row may have, against all that a policy took."""
     for axis, (unit, label) in zip(figure.subplots(1, 2, sharey=True),
                                    (("total_flops", "FLOPs, with all that it needs"), ("total_seconds", "seconds"))):
         for i, row in enumerate(r for r in rows if r["algorithm"] != "base"):
-            axis.plot(row[unit], row[value], "osD^vP*X"[i % 8], label=name_of(row))
+            axis.errorbar(row[unit], row[value], row.get(f"{value}_error", 0.0), fmt="osD^vP*X"[i % 8],
+                          label=name_of(row))
         for row in rows:
             if row["algorithm"] == "base":
                 axis.axhline(row[value], linestyle=":", color="#808080")
@@ -113,8 +114,9 @@ def draw_asked(figure: Any, rows: list[dict]) -> None:
     known = [value for value in ("reward", "gold") if all(r.get(value) is not None for r in rows)]
     for i, value in enumerate(known):
         axis = figure.add_subplot(1, len(known), i + 1)
-        axis.plot([r["asked"] for r in plain], [r[value] for r in plain], "o-", label="DT")
-        axis.plot([r["asked"] for r in guided], [r[value] for r in guided], "D", label="guided")
+        for shown, style, label in (plain, "o-", "DT"), (guided, "D", "guided"):
+            axis.errorbar([r["asked"] for r in shown], [r[value] for r in shown],
+                          [r.get(f"{value}_error", 0.0) for r in shown], fmt=style, label=label)
         axis.set_xlabel("reward z asked for"), axis.set_ylabel(f"{value} obtained"), axis.legend()
 
 
@@ -171,7 +173,8 @@ def main(cfg: Config) -> None:
                  if curves else ""),
                 ("Rewards", picture(lambda f: draw_rewards(f, replies))),
                 ("What each said", conversations(replies, cfg.conversations) if replies else "")]
-    body = "".join(f"<section><h2>{head}</h2>{part}</section>" for head, part in sections if part)
+    body = "".join(f'<section><h2>{head}</h2><div class="wide">{part}</div></section>'
+                   for head, part in sections if part)
     common.write_text(folder / "report.html", [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
