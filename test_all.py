@@ -702,7 +702,7 @@ def test_dt_drops_the_condition_from_the_asked_share(tokenizer):
 def write(path, *rows):
     lines = [r if isinstance(r, (str, bytes)) else json.dumps(r) for r in rows]
     data = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
-    (gzip.open if str(path).endswith(".gz") else open)(path, "wb").write(data)
+    Path(path).write_bytes(gzip.compress(data) if str(path).endswith(".gz") else data)
     return str(path)
 
 
