@@ -894,7 +894,8 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
         found = read_prompts(source, lambda prompt: is_held_out(prompt, cfg.held_out, cfg.seed) == held_out)
     else:
         found = list({prompt_key(p.prompt): p.prompt for p in load_preferences(cfg)[held_out]}.values())
-    require(bool(found), f"{source}: too few prompts to hold any out; give more or a larger --held_out")
+    require(bool(found) or (held_out and not cfg.eval_prompts),
+            f"{source}: too few prompts to hold any out; give more or a larger --held_out")
     return found
 
 

@@ -8,8 +8,9 @@
 The online baseline: it learns from what it says itself, so that it generates, scores and learns in turn.  (Schulman et
 al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward, and beta that adapts:
 Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in
-standard deviations of the labelled samples, of which PPO takes nothing else.  The critic is the reward model, read
-before every response token, with weights of its own.  Left out: reward whitening, dropout, mixing in SFT gradients.
+standard deviations of the labelled samples, of which PPO takes nothing else; a response that is cut off scores
+--missing_eos_score at most.  The critic is the reward model, read before every response token, with weights of its own.
+Left out: reward whitening, dropout, mixing in SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
@@ -240,10 +241,10 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
            cfg: Config) -> dict:
     """A few passes over an iteration's examples, each in an order of its own; returns means over all their tokens."""
     actor.train()
-    statistics, loss, value_loss, grad_norm, tokens = torch.zeros(3, device=common.device()), 0.0, 0.0, 0.0, 0
+    statistics, loss, value_loss, grad_norms, tokens = torch.zeros(3, device=common.device()), 0.0, 0.0, [], 0
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
                                entropy_coef=cfg.entropy_coef, statistics=statistics)
-    for step, batch in common.batches(examples, cfg):
+    for _, batch in common.batches(examples, cfg):
         total, lr = 0.0, schedule.get_last_lr()[0]
         for micro in common.accumulate(policy, batch.micros):
             surrogate, value_error = policy(micro, kernel, cfg.value_clip)
@@ -251,12 +252,13 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
             part.backward()
             total += part.detach()
             loss, value_loss = loss + surrogate.detach(), value_loss + value_error.detach()
-        grad_norm += common.update([actor.model, actor.critic], optimizer, schedule, total)
+        grad_norms.append(common.update([actor.model, actor.critic], optimizer, schedule, total))
         tokens += batch.tokens
     share = common.world_size() / tokens  # the log averages over ranks
     approx_kl, clip_fraction, entropy = statistics * share
+    grad_norm = torch.stack(grad_norms).nanmean()  # of the updates that were made
     return {"loss": loss * share, "value_loss": value_loss * share, "approx_kl": approx_kl,
-            "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm / (step + 1), "lr": lr}
+            "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm, "lr": lr}
 
 
 def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callable, rm_folder: str) -> None:

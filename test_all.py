@@ -821,6 +821,15 @@ def test_given_samples_are_never_trained_on_with_held_out_prompts(tmp_path):
     assert not trained & set(held_out) and len(trained) + len(held_out) == 60
 
 
+def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_evaluated(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"prompt": "p0"}, {"prompt": "p1"})
+    cfg = config(model="m", prompts=path, reward_model="m", held_out=1e-9)
+    with pytest.raises(BadInput, match="larger --held_out"):
+        common.split_prompts(cfg, held_out=True)
+    cfg.eval_prompts = 0
+    assert common.split_prompts(cfg, held_out=True) == []
+
+
 def test_a_file_named_test_is_the_held_out_split(tmp_path):
     for name in ("train", "test"):
         write(tmp_path / f"{name}.jsonl", *({"prompt": f"{name}{i}", "chosen": "a", "rejected": "b"} for i in range(5)))
@@ -1107,6 +1116,21 @@ def test_ppo_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, m
         return total
     whole = gradient(10**6, 1)
     assert whole.norm() > 0 and (gradient(tokens, ranks) - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 4])
+def test_ppo_iteration_counts_as_skipped_only_where_none_of_its_updates_is_finite(bad):
+    cfg = config(ppo_baseline, batch_size=2, epochs=1)
+    actor, _ = actor_critic(cfg)
+    rows, _ = ppo_baseline.prepare(*rollout_of(), 0.1, cfg)
+    rows = [e._replace(per_token=(e.per_token[0], e.per_token[1] * (math.nan if i < bad else 1), *e.per_token[2:]))
+            for i, e in enumerate(rows)]  # one of four rows spoils one of two batches
+    optimizer, schedule = ppo_baseline.make_optimizer(actor, cfg, 1)
+    before = [p.detach().clone() for p in actor.parameters()]
+    said = ppo_baseline.update(actor, actor, optimizer, schedule, rows, cfg)
+    moved = any(not torch.equal(p, q) for p, q in zip(actor.parameters(), before))
+    assert moved == bool(said["grad_norm"].isfinite()) == (bad < 4)
+    assert all(p.isfinite().all() for p in actor.parameters())
 
 
 def test_ppo_beta_moves_towards_the_kl_target():
@@ -1679,7 +1703,7 @@ def test_plain_language_is_measured_by_the_stated_rules(monkeypatch):
     assert reading.gold(prompt, plain, truncated=True) == 8
     assert reading.gold(prompt, plain.replace("sleep", "rest"), truncated=False) == 8
     assert reading.gold(prompt, "They sleep on the bank.", truncated=False) == 7
-    measured = reading.measures(prompt[0]["content"], "Otters sleep beside rivers. Simple people wonder.", truncated=False)
+    measured = reading.measures("Where?", "Otters sleep beside rivers. Simple people wonder.", truncated=False)
     assert measured["syllables a word"] == pytest.approx(13 / 7) and measured["words a sentence"] == 3.5
     assert measured["ease"] == pytest.approx(206.835 - 1.015 * 3.5 - 84.6 * 13 / 7)  # Flesch 1948
     mean, error, prompts = paired.difference([{"a": 1.0, "b": 3.0}, {"a": 3.0, "b": 5.0}], [{"a": 1.0, "b": 1.0}])

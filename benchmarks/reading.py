@@ -10,7 +10,8 @@ control, too.  Then: what each policy gets of gold on held-out prompts, and how 
 matplotlib.)
 
 Every stage that is finished is kept; a call that was broken off goes on.  Seeds after the first share the first one's
-replies, ranks and reward model: they vary the order of the data, the dropped tags and the replies in evaluation.
+replies, ranks and reward model: they vary the order of the data, the dropped tags, which of the held-out prompts are
+asked first, and the replies to them.
 """
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ class Config:
     out: str = knob("runs/reading", "folder of the data, of a run for each seed, and of the table")
     seeds: list[int] = knob([0, 1, 2], "the first one runs every method, the others those of --again")
     methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
-    again: list[str] = knob(["mle_filter", "rwr", "dt"], "methods of the later seeds")
+    again: list[str] = knob(["sft", "mle_filter", "rwr", "dt"], "methods of the later seeds")
     replies: int = knob(4, "of the model to each prompt")
     logged: bool = knob(False, "learn from the transcripts' own first replies too")
     held_out: float = knob(0.2, "share of the prompts that nothing is trained on")
@@ -59,7 +60,7 @@ class Config:
     lr: float = knob(5e-4, "of the offline methods")
     batch_size: int = knob(32, "sequences per optimiser step, of the offline methods")
     reward_format: str = knob("decimal", "of DT's tag: decimal or digit")
-    steps: list[str] = knob(["ppo=8"], "optimiser steps, or PPO's iterations, in place of a pass over all")
+    steps: list[str] = knob([], "optimiser steps, in place of a pass over all; of PPO, iterations in place of 8")
     ppo_lr: float = knob(3e-5, "of PPO, its critic included")
     eval_prompts: int = knob(256, "held-out prompts that every policy answers")
     compile: bool = knob(True, "torch.compile the loss kernels")
@@ -110,12 +111,14 @@ def first_replies(transcripts: str) -> list[tuple[str, str]]:
 
 def write_data(cfg: Config, folder: Path) -> None:
     """Replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
-    turns = dict.fromkeys(first_turn(p) for p in common.read_prompts(cfg.transcripts, lambda prompt: True))
+    prompts = common.read_prompts(cfg.transcripts, lambda prompt: True)
+    common.require(all(isinstance(p, str) for p in prompts), f"{cfg.transcripts}: transcripts are text, not messages")
+    turns = dict.fromkeys(map(first_turn, prompts))
     common.write_text(folder.parent / "prompts.jsonl", (
         json.dumps({"prompt": [{"role": "user", "content": turn}]}) for turn in turns if turn))
     sampling = common.Config(model=cfg.model, prompts=str(folder.parent / "prompts.jsonl"), reward_model="gold",
-                             sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, max_prompt_tokens=128,
-                             temperature=cfg.temperature, out=str(folder.parent),
+                             sources="generated", samples_per_prompt=cfg.replies, held_out=0.001, eval_prompts=0,
+                             max_prompt_tokens=128, temperature=cfg.temperature, out=str(folder.parent),
                              max_response_tokens=cfg.max_response_tokens + 4)  # so that what was cut off is cut again
     written = common.labelled_samples(sampling, cfg.model, "gold", lambda *rows: list(map(gold, *rows)), common.Cost())
     said = [(sample.prompt[-1]["content"], sample.response) for sample in written.rows]
@@ -161,7 +164,7 @@ def run(cfg: Config) -> list[str]:
               cfg.eval_prompts, *([] if cfg.compile else ["--no_compile"])]
     first = out / f"seed{cfg.seeds[0]}"
     call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16, "--seed", cfg.seeds[0])
-    steps, folders = dict(pair.split("=") for pair in cfg.steps), []
+    steps, folders = {"ppo": 8, **dict(pair.split("=") for pair in cfg.steps)}, []
     for seed in cfg.seeds:
         for method in cfg.methods if seed == cfg.seeds[0] else cfg.again:
             folder = out / f"seed{seed}{'-' + method if method == 'best_of_n' else ''}"
@@ -180,6 +183,7 @@ def composition(folders: list[str]) -> list[dict]:
     rows: dict[str, dict] = {}
     for name in dict.fromkeys(name for folder in folders for name in leaderboard(folder)):
         having = [(folder, leaderboard(folder)[name]) for folder in folders if name in leaderboard(folder)]
+        having = list({row["seed"]: (folder, row) for folder, row in having}.values())  # two folders may share base's
         said = [reply for folder, row in having for reply in replies(folder, row)]
         parts = [measures(r["prompt"][-1]["content"], r["response"], r["truncated"]) for r in said]
         mean = {part: float(np.mean([p[part] for p in parts])) for part in parts[0]}
@@ -210,18 +214,22 @@ def slope(folders: list[str], value: str) -> str:
     return interval(float(each.mean()), each.std(ddof=1) / math.sqrt(len(each)))
 
 
-def pictures(folders: list[str], found: dict[str, list[dict]], out: Path) -> None:
-    """compute.svg and asked.svg: gold, with 95 % intervals, against FLOPs and against what DT was asked for."""
+def pictures(folders: list[str], found: dict[str, dict[str, list[dict]]], out: Path) -> None:
+    """compute.svg and asked.svg: what was found of gold, and of reward, with 95 % intervals, against the training's
+    FLOPs and against what DT was asked for."""
     rows = []
-    for name, runs in found.items():
-        mean, error, _ = difference(runs, [{prompt: 0.0 for run in runs for prompt in run}])
+    for name in found["gold"]:
         having = [leaderboard(folder)[name] for folder in folders if name in leaderboard(folder)]
-        rows.append({**having[0], "gold": mean, "gold_error": 1.96 * error,
-                     "seed": ", ".join(str(row["seed"]) for row in having)})
+        rows.append({**having[0], "seed": ", ".join(map(str, sorted({row["seed"] for row in having})))})
+        for value in found:
+            runs = found[value][name]
+            mean, error, _ = difference(runs, [{prompt: 0.0 for run in runs for prompt in run}])
+            rows[-1] |= {value: mean, f"{value}_error": 1.96 * error}
     asked = [row for row in rows if row["asked"] is not None]
     at_the_top = [row for row in rows if row["asked"] is None or row["variant"].startswith("target q99")]
-    drawn = {"compute.svg": report.picture(lambda figure: report.draw_compute(figure, at_the_top, "gold")),
-             "asked.svg": report.picture(lambda figure: report.draw_asked(figure, asked)) if asked else ""}
+    drawn = {"compute.svg": report.picture(lambda figure: report.draw_compute(
+                 figure, at_the_top, "gold", {"train_flops": "FLOPs of the training alone"})),
+             "asked.svg": report.picture(lambda figure: report.draw_asked(figure, asked, list(found))) if asked else ""}
     for file, svg in drawn.items():
         if svg:
             common.write_text(out / file, [svg])
@@ -236,6 +244,7 @@ def main(cfg: Config) -> None:
     """Runs, prints and records the tables, and writes them into --out."""
     print(machine())
     folders = run(cfg)
+    rewards = by_prompt(folders, lambda r: r["reward"])
     found = by_prompt(folders, lambda r: gold(r["prompt"], r["response"], r["truncated"]))
     golds, parts = table(found, "sft" if "sft" in cfg.methods else "base"), composition(folders)
     order = []
@@ -245,9 +254,9 @@ def main(cfg: Config) -> None:
         if ours and theirs:
             mean, error, _ = difference(found[ours], found[theirs])
             order.append(f"- {ours} − {theirs}: {interval(mean, error)}")
-    report = json.loads((Path(folders[0]) / "rm" / "run.json").read_text())["report"]
-    lines = [f"Gold on held-out prompts; reward model right on {report['accuracy']:.3f} of held-out pairs, longer wins "
-             f"{report['longer_wins']:.3f}", "", markdown(golds), "", *order, ""]
+    right = json.loads((Path(folders[0]) / "rm" / "run.json").read_text())["report"]
+    lines = [f"Gold on held-out prompts; reward model right on {right['accuracy']:.3f} of held-out pairs, longer wins "
+             f"{right['longer_wins']:.3f}", "", markdown(golds), "", *order, ""]
     if any(name.startswith("dt target q") for name in found):
         lines += [f"- slope of DT's reward z on the z asked for: {slope(folders, 'reward')}",
                   f"- slope of its gold: {slope(folders, 'gold')}", ""]
@@ -255,7 +264,7 @@ def main(cfg: Config) -> None:
     print("\n".join(lines))
     common.write_text(Path(cfg.out) / "table.md", lines)
     record("reading", golds + parts, str(Path(cfg.out) / "reading.jsonl"))
-    pictures(folders, found, Path(cfg.out))
+    pictures(folders, {"reward": rewards, "gold": found}, Path(cfg.out))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import knob  # noqa: E402
 
+UNITS = {"total_flops": "FLOPs, with all that it needs", "total_seconds": "seconds"}
 COLUMNS = {"gold": ".2f", "reward": "+.2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".0f",
            "distinct_2": ".3f", "eos_rate": ".2f", "train_seconds": ".0f", "total_seconds": ".0f", "total_flops": ".1e"}
 STYLE = """
@@ -76,6 +77,7 @@ def picture(draw: Callable, height: float = 3.6) -> str:
     try:
         import matplotlib
     except ImportError:
+        print("the pictures need matplotlib: pip install matplotlib")
         return ""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -92,10 +94,9 @@ def picture(draw: Callable, height: float = 3.6) -> str:
     return buffer.getvalue()[buffer.getvalue().index("<svg"):]
 
 
-def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
-    """Reward, with what error of it a row may have, against all that a policy took."""
-    for axis, (unit, label) in zip(figure.subplots(1, 2, sharey=True),
-                                   (("total_flops", "FLOPs, with all that it needs"), ("total_seconds", "seconds"))):
+def draw_compute(figure: Any, rows: list[dict], value: str, units: dict[str, str]) -> None:
+    """Reward, with what error of it a row may have, against what a policy took, in each of the units."""
+    for axis, (unit, label) in zip(figure.subplots(1, len(units), sharey=True, squeeze=False)[0], units.items()):
         for i, row in enumerate(r for r in rows if r["algorithm"] != "base"):
             axis.errorbar(row[unit], row[value], row.get(f"{value}_error", 0.0), fmt="osD^vP*X"[i % 8],
                           label=name_of(row))
@@ -107,13 +108,11 @@ def draw_compute(figure: Any, rows: list[dict], value: str) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper")
 
 
-def draw_asked(figure: Any, rows: list[dict]) -> None:
-    """What DT got against what it was asked for."""
+def draw_asked(figure: Any, rows: list[dict], values: list[str]) -> None:
+    """What DT got of each of the values, with what error of it a row may have, against what it was asked for."""
     plain = sorted((r for r in rows if "guidance" not in r["variant"]), key=lambda r: r["asked"])
     guided = [r for r in rows if "guidance" in r["variant"]]
-    known = [value for value in ("reward", "gold") if all(r.get(value) is not None for r in rows)]
-    for i, value in enumerate(known):
-        axis = figure.add_subplot(1, len(known), i + 1)
+    for axis, value in zip(figure.subplots(1, len(values), squeeze=False)[0], values):
         for shown, style, label in (plain, "o-", "DT"), (guided, "D", "guided"):
             axis.errorbar([r["asked"] for r in shown], [r[value] for r in shown],
                           [r.get(f"{value}_error", 0.0) for r in shown], fmt=style, label=label)
@@ -141,15 +140,15 @@ def draw_rewards(figure: Any, replies: dict[str, list[dict]]) -> None:
 
 
 def conversations(replies: dict[str, list[dict]], count: int) -> str:
-    """The first prompts, with every policy's reply."""
-    parts = []
-    for i, first in enumerate(next(iter(replies.values()))[:count]):
+    """The first prompts, with the reply of every policy that was asked it."""
+    parts, asked = [], {name: {common.prompt_key(r["prompt"]): r for r in rows} for name, rows in replies.items()}
+    for key, first in list(next(iter(asked.values())).items())[:count]:
         prompt = first["prompt"] if isinstance(first["prompt"], str) else "\n".join(
             f"{m['role']}: {m['content']}" for m in first["prompt"])
         said = "".join(
             f"<div><b>{text(name)}</b> <small>{'' if r['reward'] is None else format(r['reward'], '+.2f')}</small>"
             f"<p>{text(r['response'].strip())}{' …' if r['truncated'] else ''}</p></div>"
-            for name, rows in replies.items() for r in rows[i:i + 1])
+            for name, rows in asked.items() if (r := rows.get(key)))
         parts.append(f'<article><p class="prompt">{text(prompt.strip())}</p>'
                      f'<div class="replies">{said}</div></article>')
     return "".join(parts)
@@ -158,20 +157,21 @@ def conversations(replies: dict[str, list[dict]], count: int) -> str:
 def main(cfg: Config) -> None:
     """Reads the run's files and writes report.html beside them."""
     folder = Path(cfg.out)
-    rows = sorted(read(folder / "leaderboard.jsonl"), key=common.row_key)
+    rows = read(folder / "leaderboard.jsonl")
     common.require(bool(rows), f"{folder}: no leaderboard.jsonl there; train something first")
+    comparable = sorted((r for r in rows if r.get("setting") == rows[-1].get("setting")), key=common.row_key)
+    left_out, rows = len(rows) - len(comparable), comparable
     replies = {name_of(r): read(common.replies_file(folder, r["algorithm"], r["variant"], r["seed"])) for r in rows}
     replies = {name: said for name, said in replies.items() if said}
     curves = {p.parent.name: read(p) for p in sorted(folder.glob("[!.]*/metrics.jsonl"))}
     asked = [r for r in rows if r.get("asked") is not None]
-    value = "gold" if all(r.get("gold") is not None for r in rows) else "reward"
+    known = [value for value in ("reward", "gold") if all(r.get(value) is not None for r in rows)]
     sections = [("Policies", table(rows)),
-                ("Reward against compute", picture(lambda f: draw_compute(f, rows, value))
-                 if all(r.get(value) is not None for r in rows) else ""),
-                ("Asked for and obtained", picture(lambda f: draw_asked(f, asked)) if asked else ""),
+                ("Reward against compute", picture(lambda f: draw_compute(f, rows, known[-1], UNITS)) if known else ""),
+                ("Asked for and obtained", picture(lambda f: draw_asked(f, asked, known)) if asked and known else ""),
                 ("Training", picture(lambda f: draw_curves(f, curves), height=2.4 * math.ceil(len(curves) / 3))
                  if curves else ""),
-                ("Rewards", picture(lambda f: draw_rewards(f, replies))),
+                ("Rewards", picture(lambda f: draw_rewards(f, replies)) if "reward" in known else ""),
                 ("What each said", conversations(replies, cfg.conversations) if replies else "")]
     body = "".join(f'<section><h2>{head}</h2><div class="wide">{part}</div></section>'
                    for head, part in sections if part)
@@ -180,7 +180,8 @@ def main(cfg: Config) -> None:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{text(folder.name)}</title><style>{STYLE}</style></head>'
         f"<body><h1>{text(folder)}</h1>{body}</body></html>"])
-    print(f"{folder / 'report.html'}: {len(rows)} policies, {len(curves)} trainings")
+    print(f"{folder / 'report.html'}: {len(rows)} policies, {len(curves)} trainings"
+          + (f"; {left_out} rows of other data or settings are left out" if left_out else ""))
 
 
 if __name__ == "__main__":
