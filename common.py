@@ -95,11 +95,24 @@ def barrier() -> None:
 
 def sum_over_ranks(*values: float) -> list[float]:
     """The values, each summed over all ranks, in float64."""
-    if not dist.is_initialized():
-        return [float(v) for v in values]
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device())
-    dist.all_reduce(total)
-    return total.tolist()
+    return begin_sums(*values)()
+
+
+def begin_sums(*values: float) -> Callable[[], list[float]]:
+    """sum_over_ranks, begun: the call of what is returned waits for the sums, and on a GPU for nothing queued later."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    total = total.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if device().type == "cuda" else None
+    if arrived:
+        arrived.record()
+
+    def wait() -> list[float]:
+        if arrived:
+            arrived.synchronize()
+        return total.tolist()
+    return wait
 
 
 def gather_rows(mine: dict[int, Any], total: int) -> list:
@@ -136,6 +149,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     try:
         cfg = parse(kind, args)
         quieten_libraries()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length, thus at each token of a sampler
         if world_size() > 1:
             if device().type == "cuda":
                 torch.cuda.set_device(device())
@@ -262,7 +276,7 @@ class Config:
     sharding: str = knob("ddp", "ddp, or fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
     save_every: Optional[int] = knob(None, "steps between checkpoints, of which the last two are kept: a tenth of the "
                                            "run, but no more than 500, unless told; 0 for none")
-    resume: bool = knob(True, "go on from the last checkpoint, bit for bit; --no_resume starts the stage again")
+    resume: bool = knob(True, "go on from the last checkpoint, on a CPU bit for bit; --no_resume starts the stage again")
     patience: int = knob(10, "minutes that a rank waits for another, one that saves a large model say, before all end")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
@@ -340,7 +354,8 @@ def other_config(kind: type, cfg: Any, trained: dict) -> Any:
 def compute_dtype(cfg: Config) -> torch.dtype:
     """The dtype of matrix products: bf16 where asked for, or where the hardware multiplies it natively."""
     if cfg.dtype == "auto":
-        native = torch.cuda.is_bf16_supported() if device().type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device().type == "cuda" else
+                  torch.cpu._is_avx512_bf16_supported())
         return torch.bfloat16 if native else torch.float32
     return torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
 
@@ -1149,6 +1164,8 @@ def attend_apart(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, le
         starts = cumulative(tuple(lengths), query.device)
         return varlen_attn(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), starts, starts, longest,
                            longest, scale=scaling, window_size=(window - 1 if window < longest else -1, 0))[None]
+    if value.is_cuda:  # in float32, of which its fast kernels know no grouped heads
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     said = []  # in float32 on a CPU, whose bfloat16 kernel takes up to twice as long for sequences of a few hundred
     wide = torch.float32 if value.device.type == "cpu" and value.dtype == torch.bfloat16 else value.dtype
     with torch.autocast(value.device.type, enabled=False):
@@ -1477,7 +1494,7 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
         token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform[rows, step], cfg.top_p)   # (R,)
         said[rows, step], log_probs[rows, step] = token, log_p.gather(-1, token[:, None]).squeeze(-1)
         ended[rows] |= token == model.config.eos_token_id
-        if step % 4 == 3 or step == cfg.max_response_tokens - 1:  # seldom: it waits for the GPU, and copies the cache
+        if step % 4 == 3 or step == cfg.max_response_tokens - 1:  # seldom: it waits for the GPU, and may copy the cache
             stay = (~ended[rows]).nonzero().squeeze(1)
             if not len(stay) or step == cfg.max_response_tokens - 1:
                 break
@@ -1490,6 +1507,8 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
         count_flops(model, len(mask), mask.numel(), len(mask))
         logits = model(input_ids=token.repeat(halves)[:, None], attention_mask=mask, position_ids=position,
                        use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1].float()  # (B, V)
+    for layer in cache.layers:
+        vars(layer).clear()  # _make_room's functions hold the layer that holds them: it would outlive many a group
     lengths = ((said == model.config.eos_token_id).cumsum(1) == 0).sum(1) + 1
     return [Response(ids[:n], lp[:n], not end) for ids, lp, n, end in
             zip(said.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
@@ -2141,8 +2160,9 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
 
     log(step, **values) writes a line of metrics.jsonl and the bar's text, and takes a checkpoint where one is due, of
     weights, optimiser, schedule and `state`, a JSON-able dict that it also restores.  Values are averaged over ranks,
-    and read a step late, so that the GPU is never waited for.  Each line also has what was spent since the first step:
-    seconds of the wall, FLOPs of all ranks.  Raises BadInput after too many steps without a finite gradient.
+    None where one is not finite, and read a step late, so that the GPU is never waited for.  Each line also has what
+    was spent since the first step: seconds of the wall, FLOPs of all ranks.  Raises BadInput after too many steps
+    without a finite gradient.
     """
     state = {} if state is None else state
     every = max(1, min(500, steps // 10)) if cfg.save_every is None else cfg.save_every
@@ -2160,12 +2180,14 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
 
         def flush() -> None:
             nonlocal skipped
-            step, values, took, flops = pending.pop()
-            numbers = averaged(values)
+            step, names, sums, took = pending.pop()
+            *totals, flops = sums()
+            numbers = {name: total / world_size() if math.isfinite(total) else None
+                       for name, total in zip(names, totals)}
             skipped = skipped + 1 if numbers["grad_norm"] is None else 0
             if skipped:
                 print0(f"warning: step {step}: loss or gradient is not finite; the step is skipped")
-            line = {"step": step, **numbers, "seconds": round(took, 3), "flops": sum_over_ranks(flops)[0]}
+            line = {"step": step, **numbers, "seconds": round(took, 3), "flops": flops}
             file.write(json.dumps(line) + "\n")
             known = {name: value for name, value in numbers.items() if value is not None}
             for name, value in known.items() if writer else ():
@@ -2178,7 +2200,8 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
         def log(step: int, **values: Any) -> None:
             if pending:
                 flush()
-            pending.append((step, values, seconds(), _spent["flops"] - before["flops"]))
+            sums = begin_sums(*values.values(), _spent["flops"] - before["flops"])
+            pending.append((step, list(values), sums, seconds()))
             if every and (step + 1) % every == 0 and step + 1 < steps:
                 flush()
                 file.flush()
@@ -2190,12 +2213,6 @@ def training(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: An
             flush()
     if writer:
         writer.close()
-
-
-def averaged(values: dict) -> dict:
-    """The values' means over ranks, None where one is not finite."""
-    sums = sum_over_ranks(*values.values())
-    return {name: total / world_size() if math.isfinite(total) else None for name, total in zip(values, sums)}
 
 
 def checkpoint(folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any, state: dict, step: int,
@@ -2420,7 +2437,7 @@ def train_toy_base(cfg: Config, rankings: list[Ranking], folder: Path) -> None:
 
     def eager_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nll = negative_log_likelihood(logits, targets)
-        logits.copy_(logits.softmax(-1)).scatter_add_(1, targets[:, None], -torch.ones_like(nll)[:, None])
+        logits.copy_(logits.softmax(-1)).scatter_add_(1, targets[:, None], -torch.ones_like(logits[:, :1]))
         return nll
     with training(folder, policy, optimizer, schedule, cfg.steps, cfg) as (first, log):
         for step, batch in batches(examples, cfg, first):

@@ -4,6 +4,7 @@
 """
 import ast
 import functools
+import gc
 import gzip
 import json
 import math
@@ -16,8 +17,11 @@ import sys
 import textwrap
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 from unittest import mock
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same promises on every machine, and more ranks than it has GPUs
 
 import numpy as np
 import pytest
@@ -555,6 +559,21 @@ def test_a_prompt_that_comes_several_times_is_read_once_and_sampled_each_time(mo
         alone, = common.sample(model, [several[i]], cfg, seed=3, seeds=[i])
         assert alone.ids == response.ids
         np.testing.assert_allclose(alone.log_probs, response.log_probs, atol=1e-4)
+
+
+def test_a_groups_cache_is_gone_with_its_responses_without_a_garbage_collection(monkeypatch):
+    kept, made, make_room = weakref.WeakSet(), [], common._make_room
+
+    def watched(layer, *rest):
+        kept.add(layer), made.append(None)
+        make_room(layer, *rest)
+    monkeypatch.setattr(common, "_make_room", watched)
+    gc.disable()
+    try:
+        common.sample(tiny_model(dtype=torch.float32), PROMPTS, config(max_response_tokens=9, micro_batch_tokens=1), 3)
+    finally:
+        gc.enable()
+    assert len(made) == 8 and not kept  # two layers, a prompt at a time
 
 
 def test_a_token_without_probability_is_never_drawn():
