@@ -31,6 +31,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
+import weakref
 import zlib
 from array import array
 from collections import Counter
@@ -276,7 +277,8 @@ class Config:
     sharding: str = knob("ddp", "ddp, or fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
     save_every: Optional[int] = knob(None, "steps between checkpoints, of which the last two are kept: a tenth of the "
                                            "run, but no more than 500, unless told; 0 for none")
-    resume: bool = knob(True, "go on from the last checkpoint, on a CPU bit for bit; --no_resume starts the stage again")
+    resume: bool = knob(True, "go on from the last checkpoint, on a CPU bit for bit; --no_resume starts the stage "
+                              "again")
     patience: int = knob(10, "minutes that a rank waits for another, one that saves a large model say, before all end")
     gradient_checkpointing: bool = knob(False, "recompute activations in backward: less memory, a third more compute")
     tensorboard: bool = knob(False, "write the metrics for TensorBoard too")
@@ -1507,8 +1509,6 @@ def _sample_group(model: Any, paths: list[list[list[int]]], uniform: torch.Tenso
         count_flops(model, len(mask), mask.numel(), len(mask))
         logits = model(input_ids=token.repeat(halves)[:, None], attention_mask=mask, position_ids=position,
                        use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1].float()  # (B, V)
-    for layer in cache.layers:
-        vars(layer).clear()  # _make_room's functions hold the layer that holds them: it would outlive many a group
     lengths = ((said == model.config.eos_token_id).cumsum(1) == 0).sum(1) + 1
     return [Response(ids[:n], lp[:n], not end) for ids, lp, n, end in
             zip(said.tolist(), log_probs.tolist(), lengths.tolist(), ended.tolist())]
@@ -1563,6 +1563,7 @@ def cache_argument(model: Any, cache: Any) -> dict:
 def _make_room(layer: Any, like: Any, rows: int, width: int, more: int) -> None:
     """Turns an empty cache layer into one of this width, with room for `more` positions: none copies the rest."""
     layer.dtype, layer.device, layer.is_initialized = like.keys.dtype, like.keys.device, True
+    layer = weakref.proxy(layer)  # held by the functions that it holds below, it would outlive many a group
     room = [torch.zeros(rows, x.shape[1], width + more, x.shape[3], dtype=x.dtype, device=x.device)
             for x in (like.keys, like.values)]                                                          # (B, H, T, D)
 

@@ -1320,7 +1320,7 @@ def test_samples_load_with_datasets_and_come_back(run, tmp_path):
                                    cache_dir=str(tmp_path))
     loaded.rename_column("response", "completion").to_json(str(tmp_path / "again.jsonl"))
     ours, again = (common.SampleFile(str(path)) for path in (run[0] / "samples.jsonl", tmp_path / "again.jsonl"))
-    assert len(loaded) == len(ours) == len(again)
+    assert len(loaded) == len(ours) == len(again) and loaded["reward"][:] == [sample.reward for sample in ours]
     for a, b in zip(ours, again):  # to_json writes ten decimals
         assert a._replace(reward=0.0) == b._replace(reward=0.0) and a.reward == pytest.approx(b.reward, abs=1e-9)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -18,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import dt  # noqa: E402
-import mle_filter  # noqa: E402
-import ppo_baseline  # noqa: E402
-import reward_model  # noqa: E402
-import rwr  # noqa: E402
-from common import knob  # noqa: E402
+from measure import pyplot
+
+import common
+import dt
+import mle_filter
+import ppo_baseline
+import reward_model
+import rwr
+from common import knob
 
 TARGETS = ["q5", "q25", "q50", "q75", "q95", "q99"]
 SCRIPTS = {"sft": (mle_filter, {"keep": 1.0}), "mle_filter": (mle_filter, {}), "rwr": (rwr, {}),
@@ -238,13 +238,9 @@ def main(cfg: Config) -> None:
         lines += ["", *catching_up(rows, cfg)]
     common.write_text(Path(cfg.out) / "table.md", lines)
     print("\n".join(lines))
-    try:
-        import matplotlib
-    except ImportError:
-        print("the pictures need matplotlib: pip install matplotlib")
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     Path(cfg.assets).mkdir(parents=True, exist_ok=True)
     draw_compute(plt, rows, cfg, Path(cfg.assets) / "gold_against_compute.png")
     if "dt" in cfg.methods:

@@ -1,6 +1,7 @@
 """What the benchmarks share: contenders timed in turn, their medians and spread, a JSON line that the README quotes."""
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -103,6 +104,19 @@ def record(benchmark: str, rows: list[dict], file: str) -> None:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as f:
         f.write(json.dumps({"benchmark": benchmark, **machine(), "rows": rows}) + "\n")
+
+
+@functools.cache
+def pyplot() -> Any:
+    """matplotlib.pyplot, which draws into files; None, and once a line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("the pictures need matplotlib: pip install matplotlib")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

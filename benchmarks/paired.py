@@ -32,13 +32,18 @@ class Config:
     against: str = knob("base", "the policy that all are held against, by the start of its name")
 
 
-def leaderboard(run: str) -> dict[str, dict]:
-    """A run's leaderboard rows by name, those that compare with the newest; of several seeds, the last."""
+def comparable(run: str) -> tuple[list[dict], int]:
+    """A run's leaderboard rows that compare with the newest, in the table's order; and how many do not."""
     file = Path(run) / "leaderboard.jsonl"
-    common.require(file.exists(), f"{run}: no leaderboard.jsonl there; train something first")
-    rows = [row for _, row in common.read_rows(str(file))]
-    rows = sorted((row for row in rows if row.get("setting") == rows[-1].get("setting")), key=common.row_key)
-    return {f"{row['algorithm']} {row['variant']}".strip(): row for row in rows}
+    rows = [row for _, row in common.read_rows(str(file))] if file.exists() else []
+    common.require(bool(rows), f"{run}: no leaderboard.jsonl there; train something first")
+    alike = [row for row in rows if row.get("setting") == rows[-1].get("setting")]
+    return sorted(alike, key=common.row_key), len(rows) - len(alike)
+
+
+def leaderboard(run: str) -> dict[str, dict]:
+    """A run's comparable rows by name; of several seeds, the last."""
+    return {f"{row['algorithm']} {row['variant']}".strip(): row for row in comparable(run)[0]}
 
 
 def replies(run: str, row: dict) -> list[dict]:

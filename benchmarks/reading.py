@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from measure import call, machine, markdown, record
+from measure import call, machine, markdown, pyplot, record
 from paired import by_prompt, difference, leaderboard, replies, table
 
 import common
@@ -178,12 +178,19 @@ def run(cfg: Config) -> list[str]:
     return [str(folder) for folder in folders]
 
 
+def boards(folders: list[str]) -> dict[str, list[tuple[str, dict]]]:
+    """Each policy's leaderboard rows with their folders, a seed once: two folders of a seed share the base policy's."""
+    found: dict[str, dict[int, tuple[str, dict]]] = {}
+    for folder in folders:
+        for name, row in leaderboard(folder).items():
+            found.setdefault(name, {}).setdefault(row["seed"], (folder, row))
+    return {name: list(having.values()) for name, having in found.items()}
+
+
 def composition(folders: list[str]) -> list[dict]:
     """What each policy's replies are made of, over all seeds, and what its training took, on the first."""
     rows: dict[str, dict] = {}
-    for name in dict.fromkeys(name for folder in folders for name in leaderboard(folder)):
-        having = [(folder, leaderboard(folder)[name]) for folder in folders if name in leaderboard(folder)]
-        having = list({row["seed"]: (folder, row) for folder, row in having}.values())  # two folders may share base's
+    for name, having in boards(folders).items():
         said = [reply for folder, row in having for reply in replies(folder, row)]
         parts = [measures(r["prompt"][-1]["content"], r["response"], r["truncated"]) for r in said]
         mean = {part: float(np.mean([p[part] for p in parts])) for part in parts[0]}
@@ -217,22 +224,23 @@ def slope(folders: list[str], value: str) -> str:
 def pictures(folders: list[str], found: dict[str, dict[str, list[dict]]], out: Path) -> None:
     """compute.svg and asked.svg: what was found of gold, and of reward, with 95 % intervals, against the training's
     FLOPs and against what DT was asked for."""
+    if pyplot() is None:
+        return
     rows = []
-    for name in found["gold"]:
-        having = [leaderboard(folder)[name] for folder in folders if name in leaderboard(folder)]
-        rows.append({**having[0], "seed": ", ".join(map(str, sorted({row["seed"] for row in having})))})
+    for name, having in boards(folders).items():
+        rows.append({**having[0][1], "seed": ", ".join(str(row["seed"]) for _, row in having)})
         for value in found:
             runs = found[value][name]
             mean, error, _ = difference(runs, [{prompt: 0.0 for run in runs for prompt in run}])
             rows[-1] |= {value: mean, f"{value}_error": 1.96 * error}
     asked = [row for row in rows if row["asked"] is not None]
     at_the_top = [row for row in rows if row["asked"] is None or row["variant"].startswith("target q99")]
-    drawn = {"compute.svg": report.picture(lambda figure: report.draw_compute(
-                 figure, at_the_top, "gold", {"train_flops": "FLOPs of the training alone"})),
-             "asked.svg": report.picture(lambda figure: report.draw_asked(figure, asked, list(found))) if asked else ""}
-    for file, svg in drawn.items():
-        if svg:
-            common.write_text(out / file, [svg])
+    units = {"train_flops": "FLOPs of the training alone"}
+    common.write_text(out / "compute.svg", [report.picture(
+        lambda figure: report.draw_compute(figure, at_the_top, "gold", units))])
+    if asked:
+        common.write_text(out / "asked.svg", [report.picture(
+            lambda figure: report.draw_asked(figure, asked, list(found)))])
 
 
 def interval(mean: float, error: float) -> str:

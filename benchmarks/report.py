@@ -9,16 +9,17 @@ from __future__ import annotations
 import html
 import io
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-from common import knob  # noqa: E402
+from measure import pyplot
+from paired import comparable
+
+import common
+from common import knob
 
 UNITS = {"total_flops": "FLOPs, with all that it needs", "total_seconds": "seconds"}
 COLUMNS = {"gold": ".2f", "reward": "+.2f", "win_rate": ".2f", "kl_to_base": ".1f", "response_tokens": ".0f",
@@ -74,13 +75,9 @@ def table(rows: list[dict]) -> str:
 
 def picture(draw: Callable, height: float = 3.6) -> str:
     """What draw(figure) draws, as SVG in colours that serve dark and light pages; empty without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("the pictures need matplotlib: pip install matplotlib")
+    plt = pyplot()
+    if plt is None:
         return ""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     grey = "#808080"
     with plt.rc_context({"text.color": grey, "axes.labelcolor": grey, "axes.edgecolor": grey, "xtick.color": grey,
                          "ytick.color": grey, "axes.grid": True, "grid.alpha": 0.25, "legend.framealpha": 0,
@@ -157,10 +154,7 @@ def conversations(replies: dict[str, list[dict]], count: int) -> str:
 def main(cfg: Config) -> None:
     """Reads the run's files and writes report.html beside them."""
     folder = Path(cfg.out)
-    rows = read(folder / "leaderboard.jsonl")
-    common.require(bool(rows), f"{folder}: no leaderboard.jsonl there; train something first")
-    comparable = sorted((r for r in rows if r.get("setting") == rows[-1].get("setting")), key=common.row_key)
-    left_out, rows = len(rows) - len(comparable), comparable
+    rows, left_out = comparable(cfg.out)
     replies = {name_of(r): read(common.replies_file(folder, r["algorithm"], r["variant"], r["seed"])) for r in rows}
     replies = {name: said for name, said in replies.items() if said}
     curves = {p.parent.name: read(p) for p in sorted(folder.glob("[!.]*/metrics.jsonl"))}
