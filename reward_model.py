@@ -246,6 +246,9 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     error = float(np.std(by_prompt)) / math.sqrt(len(by_prompt))
     print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± {error:.3f}; "
            f"control: {'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+    if accuracy - 2 * error <= 0.5:
+        print0("  warning: not clearly better than chance; give it more pairs, more --epochs or a higher --lr (a model "
+               "of 100M weights wants some 1e-4)")
     bins = []
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
         inside = (low <= margin) & (margin < high)

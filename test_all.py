@@ -622,6 +622,16 @@ def scored_by_transformers(folder, texts, padding_side):
                                  padding=True)).logits[:, 0].tolist()
 
 
+@pytest.mark.parametrize("right, warned", [(26, True), (36, False)])
+def test_a_reward_model_that_learnt_nothing_says_so(monkeypatch, capsys, right, warned):
+    """Of 50 held-out pairs 26 right ones are chance, 36 are not."""
+    rankings = [common.Ranking(f"question {i}", ["a", "b"]) for i in range(50)]
+    scores = [score for i in range(50) for score in ((1.0, 0.0) if i < right else (0.0, 1.0))]
+    monkeypatch.setattr(reward_model, "score", lambda *_: scores)
+    assert reward_model.report(None, "", rankings)["accuracy"] == right / 50
+    assert ("not clearly better than chance" in capsys.readouterr().out) == warned
+
+
 def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_padding(run):
     rows = list(common.SampleFile(str(run[0] / "samples.jsonl")))[:6]
     texts = [s.prompt + s.response for s in rows]

@@ -4,7 +4,9 @@
 
 The pairs are split by prompt into three: from one the run's reward model learns, from another the judge, which training
 never asks, and on the third both are tested and every policy answers.  The judge's verdict is the leaderboard's `gold`:
-where a policy's reward rises and its gold does not, it has learnt to please its reward model.  Finished stages stay.
+where a policy's reward rises and its gold does not, it has learnt to please its reward model.  Seeds after the first
+share its reward model and samples: they vary the order of the data, the dropped tags, which of the test prompts are
+asked first, and the replies to them.  Finished stages stay.
 """
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from common import knob
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.25"],
            "rwr": ["rwr.py"],
            "dt": ["dt.py", "--target", "q5", "q50", "q99"],
-           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "128", "--batch_size", "64", "--ppo_epochs", "2"]}
+           "ppo": ["ppo_baseline.py", "--rollout_batch_size", "64", "--batch_size", "16", "--ppo_epochs", "2"]}
 
 
 @dataclass
@@ -32,14 +34,18 @@ class Config:
     model: str = knob(None, "folder or Hub id of a causal language model")
     preferences: str = knob(None, "preference pairs, as the trainers take them")
     out: str = knob("runs/hh", "folder of the data, the judge, the run and the tables")
+    seeds: list[int] = knob([0, 1, 2], "a run each")
     methods: list[str] = knob(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
     max_pairs: Optional[int] = knob(None, "pairs that the run learns from, and the judge, at most")
     sources: str = knob("dataset+generated", "what is labelled and learnt from: dataset, or a generated reply too")
     eval_prompts: int = knob(320, "test prompts that every policy answers")
     max_prompt_tokens: int = knob(192, "longer prompts are cut on the left")
     max_response_tokens: int = knob(64, "longer responses are cut on the right")
-    lr: float = knob(1e-4, "of judge, reward model and offline methods")
-    ppo_lr: float = knob(1e-5, "of PPO, its critic included")
+    rm_lr: float = knob(2e-4, "of judge and reward model")
+    rm_epochs: int = knob(2, "their passes over the pairs")
+    lr: float = knob(3e-4, "of the offline methods")
+    steps: Optional[int] = knob(None, "optimiser steps of each offline method, in place of a pass over its replies")
+    ppo_lr: float = knob(3e-5, "of PPO, its critic included")
     ppo_steps: int = knob(8, "PPO's iterations")
     compile: bool = knob(True, "torch.compile the loss kernels")
 
@@ -78,19 +84,23 @@ def main(cfg: Config) -> None:
     shared = ["--model", cfg.model, "--max_prompt_tokens", cfg.max_prompt_tokens, "--max_response_tokens",
               cfg.max_response_tokens, *([] if cfg.compile else ["--no_compile"]),
               *(["--max_pairs", cfg.max_pairs] if cfg.max_pairs else [])]
-    train = ["--lr", cfg.lr, "--batch_size", 16]
+    train = ["--lr", cfg.rm_lr, "--epochs", cfg.rm_epochs, "--batch_size", 16, "--seed", cfg.seeds[0]]
     call(out / "judge", "reward_model.py", *shared, "--preferences", out / "judge-data", *train)
     shared += ["--preferences", out / "data"]
     call(out, "reward_model.py", *shared, *train)
-    for method in cfg.methods:
-        rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
-                 ["--lr", cfg.lr, "--batch_size", 32])
-        call(out, *SCRIPTS[method], *shared, "--judge", out / "judge" / "rm", "--sources", cfg.sources,
-             "--eval_prompts", cfg.eval_prompts, *rates)
+    runs = [out if seed == cfg.seeds[0] else out / f"seed{seed}" for seed in cfg.seeds]
+    for seed, run in zip(cfg.seeds, runs):
+        given = ["--sources", cfg.sources] if run == out else ["--samples", out / "samples.jsonl", "--reward_model",
+                                                               out / "rm"]
+        for method in cfg.methods:
+            rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
+                     ["--lr", cfg.lr, "--batch_size", 16, *(["--steps", cfg.steps] if cfg.steps else [])])
+            call(run, *SCRIPTS[method], *shared, *given, "--judge", out / "judge" / "rm", "--eval_prompts",
+                 cfg.eval_prompts, *rates, "--seed", seed)
     lines = [report("reward model", out / "rm"), report("judge", out / "judge" / "rm")]
     tables = []
     for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
-        found = by_prompt([cfg.out], lambda reply: reply[column])
+        found = by_prompt(list(map(str, runs)), lambda reply: reply[column])
         tables.append(table(found, "sft" if "sft" in cfg.methods else "base"))
         lines += ["", f"{what}:", "", markdown(tables[-1])]
     costs = [{"policy": name, **{column: f"{row[column]:{form}}" for column, form in
