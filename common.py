@@ -1646,7 +1646,8 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if want_weight and not len(hidden) else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for part, logits in logit_chunks(hidden, head, bias):
+        # Each chunk after the first reads and writes the head's gradient, which a GPU does slowly beside its GEMMs.
+        for part, logits in logit_chunks(hidden, head, bias, 4096 if hidden.device.type == "cuda" else 1):
             loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()
             if want_hidden:
                 torch.mm(logits, head, out=grad_hidden[part])
@@ -1670,12 +1671,15 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None, *[None] * ctx.rows
 
 
-def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor,
-                 bias: Optional[torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their logits (n, V)) for all rows of hidden, in a buffer that is used again for the next chunk."""
+def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
+                 least: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their logits (n, V)) for all rows of hidden, in a buffer that is used again for the next chunk.
+
+    A chunk has as many rows as CHUNK_BYTES hold, and `least` at least.
+    """
     vocabulary = len(weight)
     stride = -(-vocabulary // 64) * 64  # a leading dimension that is no multiple of 64 slows the GEMM
-    chunk = max(1, CHUNK_BYTES // (stride * hidden.element_size()))
+    chunk = max(least, CHUNK_BYTES // (stride * hidden.element_size()))
     for start in range(0, len(hidden), chunk):
         part = slice(start, min(start + chunk, len(hidden)))
         n = part.stop - part.start
