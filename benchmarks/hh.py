@@ -11,13 +11,16 @@ asked first, and the replies to them.  Finished stages stay.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+import numpy as np
+
 from measure import call, machine, markdown, record
-from paired import by_prompt, leaderboard, table
+from paired import by_prompt, leaderboard, replies, table
 
 import common
 from common import knob
@@ -26,6 +29,9 @@ SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter
            "rwr": ["rwr.py"],
            "dt": ["dt.py", "--target", "q5", "q50", "q99"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "64", "--batch_size", "16", "--ppo_epochs", "2"]}
+COLUMNS = {"win_rate": ".2f", "kl_to_base": ".1f", "perplexity": ".1f", "response_tokens": ".0f", "eos_rate": ".2f",
+           "distinct_2": ".3f", "train_device_seconds": ".0f", "train_flops": ".1e"}
+EVASIVE = re.compile(r"sorry|not sure|I don.t|can.t", re.IGNORECASE)
 
 
 @dataclass
@@ -75,6 +81,15 @@ def report(name: str, folder: Path) -> str:
             f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
 
 
+def describe(name: str, runs: list[Path]) -> dict:
+    """What a policy's replies are like, and what its training took, as means over the runs that have it."""
+    having = [(str(run), board[name]) for run in runs for board in [leaderboard(str(run))] if name in board]
+    mean = {column: float(np.mean([row[column] for _, row in having])) for column in COLUMNS}
+    evades = [bool(EVASIVE.search(reply["response"])) for run, row in having for reply in replies(run, row)]
+    return {"policy": name, **{column: f"{mean[column]:{form}}" for column, form in COLUMNS.items()},
+            "evasive %": f"{100 * np.mean(evades):.0f}"}
+
+
 def main(cfg: Config) -> None:
     """Runs what is missing; prints the tables, and writes them into --out."""
     print(machine())
@@ -103,14 +118,11 @@ def main(cfg: Config) -> None:
         found = by_prompt(list(map(str, runs)), lambda reply: reply[column])
         tables.append(table(found, "sft" if "sft" in cfg.methods else "base"))
         lines += ["", f"{what}:", "", markdown(tables[-1])]
-    costs = [{"policy": name, **{column: f"{row[column]:{form}}" for column, form in
-              (("win_rate", ".2f"), ("kl_to_base", ".1f"), ("perplexity", ".1f"), ("response_tokens", ".0f"),
-               ("eos_rate", ".2f"), ("distinct_2", ".3f"), ("total_device_seconds", ".0f"), ("total_flops", ".1e"))}}
-             for name, row in leaderboard(cfg.out).items()]
-    lines += ["", markdown(costs)]
+    described = [describe(name, runs) for name in leaderboard(cfg.out)]
+    lines += ["", markdown(described)]
     print("\n".join(lines))
     common.write_text(out / "table.md", lines)
-    record("hh", [*tables[0], *tables[1], *costs], str(out / "hh.jsonl"))
+    record("hh", [*tables[0], *tables[1], *described], str(out / "hh.jsonl"))
 
 
 if __name__ == "__main__":
