@@ -1605,10 +1605,11 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 
 # ----------------------------------------------------------------------------------------------- fused head loss
 # Loss and gradient in one pass over the logits, a chunk of rows at a time: one GEMM into a scratch buffer, the script's
-# kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  The
-# full (N, V) logits never exist, and backward only scales what forward stored.
+# kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  Of the
+# (N, V) logits no more than a chunk exists, and backward only scales what forward stored.
 
-CHUNK_BYTES = 256 * 2**20  # a chunk of few rows is slow: each reads and writes the head's whole gradient
+CHUNK_BYTES = 256 * 2**20  # a chunk of few rows is slow: each reads and writes the head's whole gradient,
+GPU_CHUNK_ROWS = 4096      # which, by calculation, costs an H100 a sixth of the GEMMs' time at so many rows
 _scratch: dict = {}
 
 
@@ -1646,8 +1647,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if want_weight and not len(hidden) else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        # Each chunk after the first reads and writes the head's gradient, which a GPU does slowly beside its GEMMs.
-        for part, logits in logit_chunks(hidden, head, bias, 4096 if hidden.device.type == "cuda" else 1):
+        for part, logits in logit_chunks(hidden, head, bias, GPU_CHUNK_ROWS if hidden.device.type == "cuda" else 1):
             loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()
             if want_hidden:
                 torch.mm(logits, head, out=grad_hidden[part])
@@ -1702,7 +1702,7 @@ def scratch(name: str, size: int, dtype: torch.dtype, where: torch.device) -> to
 
 def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch.Tensor,
               wide: torch.dtype) -> torch.Tensor:
-    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on in `wide`, as bf16 would lose it."""
+    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on summed in `wide`."""
     if logits.device.type == "cuda" and logits.dtype != wide:
         outer = torch.mm(logits.t(), hidden, out_dtype=wide)
         return outer if total is None else total.add_(outer)

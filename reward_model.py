@@ -248,7 +248,7 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
            f"control: {'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     if accuracy - 2 * error <= 0.5:
         print0("  warning: not clearly better than chance; give it more pairs, more --epochs or a higher --lr (a model "
-               "of 100M weights wants some 1e-4)")
+               "of 100M weights needs about 1e-4)")
     bins = []
     for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
         inside = (low <= margin) & (margin < high)

@@ -10,12 +10,13 @@ asked first, and the replies to them.  Finished stages stay.
 """
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
 import numpy as np
 
@@ -26,12 +27,11 @@ import common
 from common import knob
 
 SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"], "mle_filter": ["mle_filter.py", "--keep", "0.25"],
-           "rwr": ["rwr.py"],
-           "dt": ["dt.py", "--target", "q5", "q50", "q99"],
+           "rwr": ["rwr.py"], "dt": ["dt.py", "--target", "q5", "q50", "q99"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "64", "--batch_size", "16", "--ppo_epochs", "2"]}
-COLUMNS = {"win_rate": ".2f", "kl_to_base": ".1f", "perplexity": ".1f", "response_tokens": ".0f", "eos_rate": ".2f",
-           "distinct_2": ".3f", "train_device_seconds": ".0f", "train_flops": ".1e"}
-EVASIVE = re.compile(r"sorry|not sure|I don.t|can.t", re.IGNORECASE)
+COLUMNS = {"kl_to_base": ".1f", "perplexity": ".1f", "response_tokens": ".0f", "eos_rate": ".2f", "distinct_2": ".3f",
+           "train_device_seconds": ".0f", "train_flops": ".1e"}
+EVASIVE = re.compile(r"\b(sorry|not sure|I don[’']t|can[’']t|cannot)\b", re.IGNORECASE)  # a rough list of words
 
 
 @dataclass
@@ -62,40 +62,52 @@ class Config:
 
 def split(cfg: Config, out: Path) -> None:
     """Two fifths of the prompts for the run, two for the judge, one to test both on: data/ and judge-data/."""
-    train, held_out = common.read_preferences(cfg.preferences, 0.1, 0, None)
+    origin = out / "data" / "origin.txt"
+    if origin.exists():
+        common.require(origin.read_text().strip() == cfg.preferences,
+                       f"{out}: its data are of other --preferences; take another --out")
+        return
     parts: dict[str, list[str]] = {"run": [], "judge": [], "test": []}
-    for prompt, responses in train + held_out:
+    for prompt, responses in itertools.chain(*common.read_preferences(cfg.preferences, 0.1, 0, None)):
         fifth = zlib.crc32(common.prompt_key(prompt).encode()) % 5
         row = json.dumps({"prompt": prompt, "ranked": responses})
         parts["test" if fifth == 0 else "judge" if fifth < 3 else "run"].append(row)
-    for folder, train in (("data", parts["run"]), ("judge-data", parts["judge"])):
-        common.write_text(out / folder / "train.jsonl", train)
+    for folder, rows in (("data", parts["run"]), ("judge-data", parts["judge"])):
+        common.write_text(out / folder / "train.jsonl", rows)
         common.write_text(out / folder / "test.jsonl", parts["test"])
+    common.write_text(origin, [cfg.preferences])
 
 
-def report(name: str, folder: Path) -> str:
+def accuracy(name: str, folder: Path) -> str:
     """How often a reward model is right on the test pairs."""
     found = json.loads((folder / "run.json").read_text())["report"]
     longer = found["longer_wins"]
+    sure = [row for row in found["by_margin"] if row["margin"][0] == 2]
     return (f"- {name}: right on {found['accuracy']:.3f} ± {found['error']:.3f} of {found['held_out_pairs']} pairs, "
-            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}" + "".join(
+                f"; with margins of 2 to 4 {row['accuracy']:.2f}, promised {row['promised']:.2f}" for row in sure))
 
 
-def describe(name: str, runs: list[Path]) -> dict:
+def evasive(responses: Iterable[str]) -> str:
+    """How many of them do not answer, by their words, in per cent."""
+    return f"{100 * np.mean([bool(EVASIVE.search(response)) for response in responses]):.0f}"
+
+
+def describe(name: str, folders: list[str]) -> dict:
     """What a policy's replies are like, and what its training took, as means over the runs that have it."""
-    having = [(str(run), board[name]) for run in runs for board in [leaderboard(str(run))] if name in board]
+    having = [(folder, board[name]) for folder in folders for board in [leaderboard(folder)] if name in board]
     mean = {column: float(np.mean([row[column] for _, row in having])) for column in COLUMNS}
-    evades = [bool(EVASIVE.search(reply["response"])) for run, row in having for reply in replies(run, row)]
-    return {"policy": name, **{column: f"{mean[column]:{form}}" for column, form in COLUMNS.items()},
-            "evasive %": f"{100 * np.mean(evades):.0f}"}
+    said = [reply for folder, row in having for reply in replies(folder, row)]
+    gold, cut_off = (np.array([reply[key] for reply in said]) for key in ("gold", "truncated"))
+    return {"policy": name, "judge's sd": f"{gold.std():.2f}", "judge, of ended": f"{gold[~cut_off].mean():.2f}",
+            "of cut off": f"{gold[cut_off].mean():.2f}",
+            **{column: f"{mean[column]:{form}}" for column, form in COLUMNS.items()},
+            "evasive %": evasive(reply["response"] for reply in said)}
 
 
-def main(cfg: Config) -> None:
-    """Runs what is missing; prints the tables, and writes them into --out."""
-    print(machine())
-    out = Path(cfg.out)
-    if not (out / "judge-data" / "test.jsonl").exists():
-        split(cfg, out)
+def run(cfg: Config, out: Path) -> list[str]:
+    """Runs what is missing, each script in a process of its own; returns the runs' folders, a seed each."""
+    split(cfg, out)
     shared = ["--model", cfg.model, "--max_prompt_tokens", cfg.max_prompt_tokens, "--max_response_tokens",
               cfg.max_response_tokens, *([] if cfg.compile else ["--no_compile"]),
               *(["--max_pairs", cfg.max_pairs] if cfg.max_pairs else [])]
@@ -103,22 +115,33 @@ def main(cfg: Config) -> None:
     call(out / "judge", "reward_model.py", *shared, "--preferences", out / "judge-data", *train)
     shared += ["--preferences", out / "data"]
     call(out, "reward_model.py", *shared, *train)
-    runs = [out if seed == cfg.seeds[0] else out / f"seed{seed}" for seed in cfg.seeds]
-    for seed, run in zip(cfg.seeds, runs):
-        given = ["--sources", cfg.sources] if run == out else ["--samples", out / "samples.jsonl", "--reward_model",
-                                                               out / "rm"]
+    shared += ["--judge", out / "judge" / "rm", "--eval_prompts", cfg.eval_prompts]
+    offline = ["--lr", cfg.lr, "--batch_size", 16, *(["--steps", cfg.steps] if cfg.steps else [])]
+    online = ["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps]
+    folders = [out if seed == cfg.seeds[0] else out / f"seed{seed}" for seed in cfg.seeds]
+    for seed, folder in zip(cfg.seeds, folders):
+        given = (["--sources", cfg.sources] if folder == out else
+                 ["--samples", out / "samples.jsonl", "--reward_model", out / "rm"])
         for method in cfg.methods:
-            rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr, "--steps", cfg.ppo_steps] if method == "ppo" else
-                     ["--lr", cfg.lr, "--batch_size", 16, *(["--steps", cfg.steps] if cfg.steps else [])])
-            call(run, *SCRIPTS[method], *shared, *given, "--judge", out / "judge" / "rm", "--eval_prompts",
-                 cfg.eval_prompts, *rates, "--seed", seed)
-    lines = [report("reward model", out / "rm"), report("judge", out / "judge" / "rm")]
+            call(folder, *SCRIPTS[method], *shared, *given, *(online if method == "ppo" else offline), "--seed", seed)
+    return list(map(str, folders))
+
+
+def main(cfg: Config) -> None:
+    """Runs, prints and records the tables, and writes them into --out."""
+    print(machine())
+    out = Path(cfg.out)
+    folders = run(cfg, out)
+    ranked = [row["ranked"] for _, row in common.read_rows(str(out / "data" / "train.jsonl"))]
+    lines = [accuracy("reward model", out / "rm"), accuracy("judge", out / "judge" / "rm"),
+             f"- evasive: {evasive(best for best, *_ in ranked)} % of the preferred replies, "
+             f"{evasive(worst for *_, worst in ranked)} % of the others"]
     tables = []
     for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
-        found = by_prompt(list(map(str, runs)), lambda reply: reply[column])
-        tables.append(table(found, "sft" if "sft" in cfg.methods else "base"))
+        found = by_prompt(folders, lambda reply: reply[column])
+        tables.append([{"of": column, **row} for row in table(found, "sft" if "sft" in cfg.methods else "base")])
         lines += ["", f"{what}:", "", markdown(tables[-1])]
-    described = [describe(name, runs) for name in leaderboard(cfg.out)]
+    described = [describe(name, folders) for name in leaderboard(cfg.out)]
     lines += ["", markdown(described)]
     print("\n".join(lines))
     common.write_text(out / "table.md", lines)

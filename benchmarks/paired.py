@@ -97,7 +97,7 @@ def table(found: dict[str, list[dict]], against: str) -> list[dict]:
 
 def main(cfg: Config) -> None:
     """Prints the table."""
-    found = by_prompt(cfg.runs, lambda reply: reply[cfg.column])
+    found = by_prompt(cfg.runs, lambda reply: reply.get(cfg.column))
     common.require(bool(found), f"--column {cfg.column}: no policy has it in {', '.join(cfg.runs)}")
     print(markdown(table(found, cfg.against)))
 
