@@ -62,7 +62,7 @@ class Config:
 
 def split(cfg: Config, out: Path) -> None:
     """Two fifths of the prompts for the run, two for the judge, one to test both on: data/ and judge-data/."""
-    origin = out / "data" / "origin.txt"
+    origin = out / "origin.txt"
     if origin.exists():
         common.require(origin.read_text().strip() == cfg.preferences,
                        f"{out}: its data are of other --preferences; take another --out")
