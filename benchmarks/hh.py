@@ -21,7 +21,7 @@ from typing import Iterable, Optional
 import numpy as np
 
 from measure import call, machine, markdown, record
-from paired import by_prompt, leaderboard, replies, table
+from paired import boards, by_prompt, replies, table
 
 import common
 from common import knob
@@ -82,10 +82,10 @@ def accuracy(name: str, folder: Path) -> str:
     """How often a reward model is right on the test pairs."""
     found = json.loads((folder / "run.json").read_text())["report"]
     longer = found["longer_wins"]
-    sure = [row for row in found["by_margin"] if row["margin"][0] == 2]
     return (f"- {name}: right on {found['accuracy']:.3f} ± {found['error']:.3f} of {found['held_out_pairs']} pairs, "
             f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}" + "".join(
-                f"; with margins of 2 to 4 {row['accuracy']:.2f}, promised {row['promised']:.2f}" for row in sure))
+                f"; with margins of 2 to 4 {row['accuracy']:.2f}, promised {row['promised']:.2f}"
+                for row in found["by_margin"] if row["margin"][0] == 2))
 
 
 def evasive(responses: Iterable[str]) -> str:
@@ -93,9 +93,8 @@ def evasive(responses: Iterable[str]) -> str:
     return f"{100 * np.mean([bool(EVASIVE.search(response)) for response in responses]):.0f}"
 
 
-def describe(name: str, folders: list[str]) -> dict:
-    """What a policy's replies are like, and what its training took, as means over the runs that have it."""
-    having = [(folder, board[name]) for folder in folders for board in [leaderboard(folder)] if name in board]
+def describe(name: str, having: list[tuple[str, dict]]) -> dict:
+    """What a policy's replies are like, and what its training took, as means over its runs: (folder, row) of each."""
     mean = {column: float(np.mean([row[column] for _, row in having])) for column in COLUMNS}
     said = [reply for folder, row in having for reply in replies(folder, row)]
     gold, cut_off = (np.array([reply[key] for reply in said]) for key in ("gold", "truncated"))
@@ -136,16 +135,17 @@ def main(cfg: Config) -> None:
     lines = [accuracy("reward model", out / "rm"), accuracy("judge", out / "judge" / "rm"),
              f"- evasive: {evasive(best for best, *_ in ranked)} % of the preferred replies, "
              f"{evasive(worst for *_, worst in ranked)} % of the others"]
-    tables = []
+    rows = []
     for column, what in (("gold", "the judge's score"), ("reward", "the training reward, z")):
         found = by_prompt(folders, lambda reply: reply[column])
-        tables.append([{"of": column, **row} for row in table(found, "sft" if "sft" in cfg.methods else "base")])
-        lines += ["", f"{what}:", "", markdown(tables[-1])]
-    described = [describe(name, folders) for name in leaderboard(cfg.out)]
+        means = table(found, "sft" if "sft" in cfg.methods else "base")
+        lines += ["", f"{what}:", "", markdown(means)]
+        rows += [{"of": column, **row} for row in means]
+    described = [describe(name, having) for name, having in boards(folders).items()]
     lines += ["", markdown(described)]
     print("\n".join(lines))
     common.write_text(out / "table.md", lines)
-    record("hh", [*tables[0], *tables[1], *described], str(out / "hh.jsonl"))
+    record("hh", rows + described, str(out / "hh.jsonl"))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def leaderboard(run: str) -> dict[str, dict]:
     return {f"{row['algorithm']} {row['variant']}".strip(): row for row in comparable(run)[0]}
 
 
+def boards(folders: list[str]) -> dict[str, list[tuple[str, dict]]]:
+    """Each policy's leaderboard rows with their folders, a seed once: two folders of a seed share the base policy's."""
+    found: dict[str, dict[int, tuple[str, dict]]] = {}
+    for folder in folders:
+        for name, row in leaderboard(folder).items():
+            found.setdefault(name, {}).setdefault(row["seed"], (folder, row))
+    return {name: list(having.values()) for name, having in found.items()}
+
+
 def replies(run: str, row: dict) -> list[dict]:
     """What a policy said in evaluation."""
     return [r for _, r in common.read_rows(str(common.replies_file(Path(run), row["algorithm"], row["variant"],

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from measure import call, machine, markdown, pyplot, record
-from paired import by_prompt, difference, leaderboard, replies, table
+from paired import boards, by_prompt, difference, leaderboard, replies, table
 
 import common
 import report
@@ -176,15 +176,6 @@ def run(cfg: Config) -> list[str]:
             rates += ["--reward_format", cfg.reward_format] if method == "dt" else []
             call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
     return [str(folder) for folder in folders]
-
-
-def boards(folders: list[str]) -> dict[str, list[tuple[str, dict]]]:
-    """Each policy's leaderboard rows with their folders, a seed once: two folders of a seed share the base policy's."""
-    found: dict[str, dict[int, tuple[str, dict]]] = {}
-    for folder in folders:
-        for name, row in leaderboard(folder).items():
-            found.setdefault(name, {}).setdefault(row["seed"], (folder, row))
-    return {name: list(having.values()) for name, having in found.items()}
 
 
 def composition(folders: list[str]) -> list[dict]:
