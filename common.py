@@ -1610,6 +1610,7 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 
 CHUNK_BYTES = 256 * 2**20  # a chunk of few rows is slow: each reads and writes the head's whole gradient,
 GPU_CHUNK_ROWS = 4096      # which, by calculation, costs an H100 a sixth of the GEMMs' time at so many rows
+GRADIENT_ROWS = 8192       # of that gradient, what a CPU multiplies in bfloat16 before it adds it in float32
 _scratch: dict = {}
 
 
@@ -1643,18 +1644,21 @@ class _HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         head = weight.to(hidden.dtype)
+        chunk = chunk_rows(hidden, weight, summed=want_weight)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight) if want_weight and not len(hidden) else None
+        grad_weight = torch.empty_like(weight, dtype=wide if chunk < len(hidden) else None) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for part, logits in logit_chunks(hidden, head, bias, GPU_CHUNK_ROWS if hidden.device.type == "cuda" else 1):
+        for part, logits in logit_chunks(hidden, head, bias, chunk):
             loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()
             if want_hidden:
                 torch.mm(logits, head, out=grad_hidden[part])
             if want_weight:
-                grad_weight = add_outer(grad_weight, logits, hidden[part], wide)
+                add_outer(grad_weight, logits, hidden[part], first=part.start == 0)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
+        if want_weight and not len(hidden):
+            grad_weight.zero_()
         ctx.grads = [g if g is None else g.to(like.dtype) for g, like in
                      ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))]
         ctx.rows = len(rows)
@@ -1671,15 +1675,31 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None, *[None] * ctx.rows
 
 
-def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
-                 least: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their logits (n, V)) for all rows of hidden, in a buffer that is used again for the next chunk.
+def chunk_rows(hidden: torch.Tensor, weight: torch.Tensor, summed: bool = False) -> int:
+    """Rows of logits to hold at once: as many as CHUNK_BYTES hold, in chunks of about one size.
 
-    A chunk has as many rows as CHUNK_BYTES hold, and `least` at least.
+    summed: the head's gradients are summed over chunks, in float32.  The sum of a narrower gradient is memory, too:
+    where all rows of logits need less than a chunk and the sum, they are one chunk.
     """
-    vocabulary = len(weight)
-    stride = -(-vocabulary // 64) * 64  # a leading dimension that is no multiple of 64 slows the GEMM
-    chunk = max(least, CHUNK_BYTES // (stride * hidden.element_size()))
+    row = aligned(len(weight)) * hidden.element_size()
+    most = max(1, CHUNK_BYTES // row)
+    if summed and hidden.device.type == "cuda":
+        most = max(most, GPU_CHUNK_ROWS)
+    sum_bytes = 4 * weight.numel() if summed and weight.element_size() < 4 else 0
+    if len(hidden) <= most + sum_bytes // row:
+        return max(1, len(hidden))
+    return -(-len(hidden) // -(-len(hidden) // most))
+
+
+def aligned(vocabulary: int) -> int:
+    """The leading dimension of logits in memory: one that is no multiple of 64 slows the GEMM."""
+    return -(-vocabulary // 64) * 64
+
+
+def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
+                 chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their logits (n, V)), `chunk` rows of hidden (N, D) at a time, in a buffer that is used again."""
+    vocabulary, stride = len(weight), aligned(len(weight))
     for start in range(0, len(hidden), chunk):
         part = slice(start, min(start + chunk, len(hidden)))
         n = part.stop - part.start
@@ -1700,18 +1720,24 @@ def scratch(name: str, size: int, dtype: torch.dtype, where: torch.device) -> to
     return buffer[:size]
 
 
-def add_outer(total: Optional[torch.Tensor], logits: torch.Tensor, hidden: torch.Tensor,
-              wide: torch.dtype) -> torch.Tensor:
-    """total (V, D) + logits.T (V, n) @ hidden (n, D); from the second chunk on summed in `wide`."""
-    if logits.device.type == "cuda" and logits.dtype != wide:
-        outer = torch.mm(logits.t(), hidden, out_dtype=wide)
-        return outer if total is None else total.add_(outer)
-    if total is None:
-        return logits.t() @ hidden
-    if logits.dtype == wide:
-        return total.addmm_(logits.t(), hidden)
-    outer = scratch("outer", total.numel(), logits.dtype, logits.device).view(total.shape)
-    return total.to(wide).add_(torch.mm(logits.t(), hidden, out=outer))
+def add_outer(total: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, first: bool) -> None:
+    """Adds logits.T (V, n) @ hidden (n, D) to total (V, D), in total's dtype; the first is written over what was there.
+
+    A CPU multiplies in the logits' dtype, blocks of GRADIENT_ROWS rows, and adds each while it is in the cache.
+    """
+    if logits.dtype == total.dtype:
+        total.addmm_(logits.t(), hidden, beta=0 if first else 1)
+    elif logits.device.type == "cuda":
+        if first:
+            torch.mm(logits.t(), hidden, out_dtype=total.dtype, out=total)
+        else:
+            total.add_(torch.mm(logits.t(), hidden, out_dtype=total.dtype))
+    else:
+        for start in range(0, len(total), GRADIENT_ROWS):
+            block = total[start:start + GRADIENT_ROWS]
+            outer = scratch("outer", block.numel(), logits.dtype, logits.device).view(block.shape)
+            torch.mm(logits[:, start:start + GRADIENT_ROWS].t(), hidden, out=outer)
+            block.copy_(outer) if first else block.add_(outer)
 
 
 def compiled(kernel: Callable) -> Callable:
@@ -1755,7 +1781,7 @@ def response_log_probs(model: Any, examples: list[Example], cfg: Config) -> list
         hidden, targets = hidden[micro.rows] * head_scale(model), micro.targets[micro.rows]         # (N, D), (N,)
         head = model.get_output_embeddings()
         parts = [-negative_log_likelihood(logits, targets[part], cfg.temperature or 1.0) for part, logits in
-                 logit_chunks(hidden, head.weight, getattr(head, "bias", None))]
+                 logit_chunks(hidden, head.weight, getattr(head, "bias", None), chunk_rows(hidden, head.weight))]
         return torch.cat(parts) if parts else torch.zeros(0)
     return each_response_token(compute, examples, cfg)
 

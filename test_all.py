@@ -260,16 +260,31 @@ def test_micro_batch_without_response_tokens_gives_zero_loss_with_gradients():
     assert loss.item() == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch):
-    hidden, weight = torch.randn(300, D).bfloat16().requires_grad_(), torch.randn(V, D).bfloat16().requires_grad_()
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch, weights):
+    """Over 100 chunks, each in blocks of the vocabulary, with weights of either type under bfloat16 logits."""
+    monkeypatch.setattr(common, "GRADIENT_ROWS", V // 3)
+    hidden, weight = torch.randn(300, D).bfloat16().requires_grad_(), torch.randn(V, D).to(weights).requires_grad_()
     targets, mask = torch.randint(0, V, (300,)), torch.ones(300, dtype=torch.bool)
     grads = []
     for rows in (300, 3):
-        monkeypatch.setattr(common, "CHUNK_BYTES", rows * 128 * 2)
+        monkeypatch.setattr(common, "CHUNK_BYTES", rows * common.aligned(V) * 2)
+        assert common.chunk_rows(hidden, weight, summed=True) == rows
         weight.grad = None
         common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, targets, mask).backward()
         grads.append(weight.grad.float())
+    assert weight.grad.dtype == weights
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
+
+
+def test_logits_are_one_chunk_where_summing_over_chunks_would_need_more_memory(monkeypatch):
+    monkeypatch.setattr(common, "CHUNK_BYTES", 10 * 128 * 2)
+    weight = torch.zeros(128, 16, dtype=torch.bfloat16)  # its sum in float32 is as large as 32 rows of logits
+
+    def rows(n: int, weight: torch.Tensor = weight, **summed: bool) -> int:
+        return common.chunk_rows(torch.zeros(n, 16, dtype=torch.bfloat16), weight, **summed)
+    assert [rows(n, summed=True) for n in (0, 1, 42, 43)] == [1, 1, 42, 9]  # beyond that five of one size, not 4 x 10 + 3
+    assert rows(42) == rows(42, weight.float(), summed=True) == 9           # no sum, or one that is the gradient itself
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
