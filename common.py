@@ -1608,9 +1608,10 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 # kernel turns logits into d loss / d logits in place, two GEMMs bring the gradients of hidden states and head.  Of the
 # (N, V) logits no more than a chunk exists, and backward only scales what forward stored.
 
-CHUNK_BYTES = 256 * 2**20  # a chunk of few rows is slow: each reads and writes the head's whole gradient,
-GPU_CHUNK_ROWS = 4096      # which, by calculation, costs an H100 a sixth of the GEMMs' time at so many rows
-GRADIENT_ROWS = 8192       # of that gradient, what a CPU multiplies in bfloat16 before it adds it in float32
+CHUNK_BYTES = 256 * 2**20  # of logits, held at once
+GPU_CHUNK_ROWS = 4096      # at least: each chunk reads and writes the head's whole gradient, which at so many rows
+                           # would cost an H100 a sixth of the GEMMs' time, by calculation
+GRADIENT_ROWS = 8192       # of the head's gradient, which a CPU multiplies in half precision and adds up in float32
 _scratch: dict = {}
 
 
@@ -1619,6 +1620,7 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any, *rows: torch.T
 
     hidden (N, D), rows (N,) each.  kernel(logits (n, V), *rows (n,)) must leave d loss / d logits in logits and return
     each row's loss (n,).  The result is a scalar, float32 (float64 for float64).  N = 0 gives a zero with gradients.
+    The gradients are kept unscaled until backward, where those of many rows may overflow a float16.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight, getattr(head, "bias", None)
@@ -1644,9 +1646,10 @@ class _HeadLoss(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         head = weight.to(hidden.dtype)
-        chunk = chunk_rows(hidden, weight, summed=want_weight)
+        chunk = chunk_rows(hidden, weight, want_weight)
+        exact = chunk >= len(hidden) and weight.dtype == hidden.dtype  # one GEMM rounds once
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=wide if chunk < len(hidden) else None) if want_weight else None
+        grad_weight = torch.empty_like(weight, dtype=None if exact else wide) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for part, logits in logit_chunks(hidden, head, bias, chunk):
@@ -1670,22 +1673,21 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("backward through a fused head loss twice: it keeps its gradients for one")
         grads, ctx.grads = ctx.grads, None
-        if upstream.device.type != "cpu" or upstream != 1:  # a GPU would have to be waited for
-            grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads]
+        grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads]
         return *grads, None, *[None] * ctx.rows
 
 
-def chunk_rows(hidden: torch.Tensor, weight: torch.Tensor, summed: bool = False) -> int:
+def chunk_rows(hidden: torch.Tensor, weight: torch.Tensor, head_trained: bool = False) -> int:
     """Rows of logits to hold at once: as many as CHUNK_BYTES hold, in chunks of about one size.
 
-    summed: the head's gradients are summed over chunks, in float32.  The sum of a narrower gradient is memory, too:
-    where all rows of logits need less than a chunk and the sum, they are one chunk.
+    A head that is trained has its gradient summed over chunks in float32, which for a 16-bit head is 4 V D bytes more
+    than one chunk needs: all rows are one chunk if their logits fit in CHUNK_BYTES and those.
     """
     row = aligned(len(weight)) * hidden.element_size()
     most = max(1, CHUNK_BYTES // row)
-    if summed and hidden.device.type == "cuda":
+    if head_trained and hidden.device.type == "cuda":
         most = max(most, GPU_CHUNK_ROWS)
-    sum_bytes = 4 * weight.numel() if summed and weight.element_size() < 4 else 0
+    sum_bytes = 4 * weight.numel() if head_trained and weight.element_size() < 4 else 0
     if len(hidden) <= most + sum_bytes // row:
         return max(1, len(hidden))
     return -(-len(hidden) // -(-len(hidden) // most))
@@ -1712,7 +1714,7 @@ def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torc
 
 
 def scratch(name: str, size: int, dtype: torch.dtype, where: torch.device) -> torch.Tensor:
-    """A buffer (size,) that is kept between steps: fresh pages cost more than the work done in them."""
+    """A buffer (size,) that is kept between steps and never shrinks: fresh pages cost more than what fills them."""
     buffer = _scratch.get((name, dtype, where))
     if buffer is None or len(buffer) < size:
         with torch.inference_mode(False):  # else the first sampler's buffer could not serve training

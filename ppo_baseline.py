@@ -94,7 +94,7 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     log_z = x.logsumexp(dim=1)                                                      # (N,)
     entropy = log_z - ((x - log_z[:, None]).exp() * x).sum(dim=1)                   # (N,)
-    log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z   # (N,); a gather torch 2.11 would do behind the copy_
+    log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z  # (N,); torch 2.11 compiles a gather to read behind copy_
     log_ratio = torch.where(mask, log_p - old_log_prob, 0.0)
     ratio = log_ratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)

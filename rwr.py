@@ -62,7 +62,7 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tenso
     targets = torch.where(mask, targets, 0)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
     log_z = x.logsumexp(dim=1)                                                  # (N,)
-    loss = w * (log_z - torch.where(is_target, x, 0.0).sum(dim=1))  # a gather torch 2.11 would do behind the copy_
+    loss = w * (log_z - torch.where(is_target, x, 0.0).sum(dim=1))  # torch 2.11 compiles a gather to read behind copy_
     logits.copy_(((x - log_z[:, None]).exp() - is_target.to(x.dtype)) * w[:, None])
     return loss
 

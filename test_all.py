@@ -269,7 +269,7 @@ def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch, weights):
     grads = []
     for rows in (300, 3):
         monkeypatch.setattr(common, "CHUNK_BYTES", rows * common.aligned(V) * 2)
-        assert common.chunk_rows(hidden, weight, summed=True) == rows
+        assert common.chunk_rows(hidden, weight, head_trained=True) == rows
         weight.grad = None
         common._HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, targets, mask).backward()
         grads.append(weight.grad.float())
@@ -281,10 +281,10 @@ def test_logits_are_one_chunk_where_summing_over_chunks_would_need_more_memory(m
     monkeypatch.setattr(common, "CHUNK_BYTES", 10 * 128 * 2)
     weight = torch.zeros(128, 16, dtype=torch.bfloat16)  # its sum in float32 is as large as 32 rows of logits
 
-    def rows(n: int, weight: torch.Tensor = weight, **summed: bool) -> int:
-        return common.chunk_rows(torch.zeros(n, 16, dtype=torch.bfloat16), weight, **summed)
-    assert [rows(n, summed=True) for n in (0, 1, 42, 43)] == [1, 1, 42, 9]  # beyond that five of one size, not 4 x 10 + 3
-    assert rows(42) == rows(42, weight.float(), summed=True) == 9           # no sum, or one that is the gradient itself
+    def rows(n: int, weight: torch.Tensor = weight, **trained: bool) -> int:
+        return common.chunk_rows(torch.zeros(n, 16, dtype=torch.bfloat16), weight, **trained)
+    assert [rows(n, head_trained=True) for n in (0, 1, 42, 43)] == [1, 1, 42, 9]  # 43: five of one size, not 4 x 10 + 3
+    assert rows(42) == rows(42, weight.float(), head_trained=True) == 9  # no sum, or one that is the gradient itself
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,6 +1,7 @@
 """Forward and backward of the head loss, ours against what else one would use: time as a ratio, and memory.
 
-Memory is what a call needs beyond the gradients that it returns; ours includes the scratch buffer that it keeps.
+Each loss is divided, as a trainer divides by the tokens of its batch.  Memory is what a call needs beyond the gradients
+that it returns; ours includes the scratch buffer that it keeps.  With bf16 the weights are bf16, too.
 
     python benchmarks/loss.py                                          # every cell: hours on 2 cores
     python benchmarks/loss.py --vocabularies 49152 --dtypes fp32 --fractions 0.4 --losses nll ppo
@@ -114,23 +115,24 @@ def contenders(loss: str, t: dict[str, torch.Tensor]) -> dict[str, Callable]:
 
 
 def cell(cfg: Config, loss: str, vocabulary: int, fraction: float, dtype: str) -> dict:
-    """One row of the table: how many times longer each rival takes than ours, and what memory plain and ours need."""
+    """One row of the table: how many times longer each rival takes than ours, and what memory each needs."""
     common._scratch.clear()  # of other cells
+    torch._dynamo.reset()    # more than eight cells, and `compiled` would no longer be
     t = problem(cfg, vocabulary, fraction, DTYPES[dtype])
 
     def step(call: Callable) -> None:
         t["hidden"].grad = t["weight"].grad = None
-        call().backward()
+        (call() / cfg.rows).backward()
     calls = {name: functools.partial(step, call) for name, call in contenders(loss, t).items()}
     seconds, first = in_turn(calls, cfg.repeats)
     gradients = sum(t[name].numel() * t[name].element_size() for name in ("hidden", "weight"))
     kept = sum(b.numel() * b.element_size() for b in common._scratch.values())
     memory = {}
-    for name in ("plain", "ours"):
+    for name in calls:
         t["hidden"].grad = t["weight"].grad = None
         memory[name] = (memory_above(calls[name]) - gradients + kept * (name == "ours")) / 2**20
-    row = {"loss": loss, "V": vocabulary, "fraction": fraction, "dtype": dtype, "threads": torch.get_num_threads(),
-           "ours s": f"{np.median(seconds['ours']):.3f}"}
+    row = {"loss": loss, "N": cfg.rows, "D": cfg.width, "V": vocabulary, "fraction": fraction, "dtype": dtype,
+           "threads": torch.get_num_threads(), "ours s": f"{np.median(seconds['ours']):.3f}"}
     row.update({f"{name} / ours": ratio(seconds, name, "ours") for name in calls if name != "ours"})
     row.update({f"MiB {name}": f"{max(mib, 0):.0f}" for name, mib in memory.items()})
     return row | {"first call s": f"{first['ours']:.1f}"}

@@ -28,10 +28,12 @@ def machine() -> dict:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.processor()) if os.path.exists("/proc/cpuinfo") else ""
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    model = next((line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
+                 platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"date": str(date.today()), "cpu": model, "cores": os.cpu_count(), "gpu": gpu,
+            "bfloat16 in hardware": "avx512_bf16" in cpu,
             "threads": torch.get_num_threads(), **packages}
 
 
