@@ -1650,7 +1650,7 @@ class _HeadLoss(torch.autograd.Function):
         exact = chunk >= len(hidden) and weight.dtype == hidden.dtype  # one GEMM rounds once
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.empty_like(weight, dtype=None if exact else wide) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias and bias is not None else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for part, logits in logit_chunks(hidden, head, bias, chunk):
             loss += run_kernel(kernel, logits, *(r[part] for r in rows)).sum()

@@ -42,7 +42,7 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor)
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
 
     loss = -log softmax(logits)[target] where the response mask (N,) is true, else 0.  Log-sum-exp and loss in float32
-    (float64 for float64).  A masked row's target may be anything.
+    (float64 for float64).  Targets are in [0, V); a masked row's may be anything.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     w = mask.to(x.dtype)                                                        # (N,)

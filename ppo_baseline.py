@@ -86,7 +86,8 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.
     loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) - entropy_coef H where the response mask (N,) is true, else 0;
     rho = exp(log p - old_log_prob), p = softmax(logits / temperature), with targets, old_log_prob, A = advantage (N,).
     The statistics are sums over the rows of (log p - old_log_prob)^2 / 2, which estimates KL(old, new), of whether the
-    clip bites, and of the entropy H.  All in float32 (float64 for float64).  A masked row's target may be anything.
+    clip bites, and of the entropy H.  All in float32 (float64 for float64).  Targets are in [0, V); a
+    masked row's may be anything.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
     w = mask.to(x.dtype)                                                            # (N,)

@@ -54,8 +54,8 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tenso
     """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
 
     loss = -w log softmax(logits)[target] where the mask (N,) is true, else 0; w = weigh(z) for z (N,), the reward of
-    the row's response.  Log-sum-exp, weight and loss in float32 (float64 for float64).  A masked row's target may be
-    anything.
+    the row's response.  Log-sum-exp, weight and loss in float32 (float64 for float64).  Targets are in [0, V);
+    a masked row's may be anything.
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     w = torch.where(mask, weigh(z.to(x.dtype), top, beta, w_max), 0.0)          # (N,)
