@@ -43,7 +43,7 @@ class Config:
     width: int = knob(576, "hidden width D")
     repeats: int = knob(5, "timed calls of each contender")
     out: str = knob("runs/benchmarks/loss.jsonl", "file that a line of results is added to")
-    compile: bool = knob(True, "torch.compile our kernels")
+    compile: bool = knob(True, "torch.compile what is to be compiled, rivals too")
 
 
 def problem(cfg: Config, vocabulary: int, fraction: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
