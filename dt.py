@@ -1,161 +1,199 @@
-"""Decision Transformer: learn what a response of each reward looks like, then ask for a high reward.
+"""Decision Transformer: learn what responses of each reward look like, then ask for a high one.
 
     training   L = - sum_i sum_t log p(y_it | x_i, z_i, y_i<t)  /  sum_i |y_i|
-    sampling   y ~ p(. | x, z*), with a high z*; guided by g: (1 + g) log p(. | x, z*) - g log p(. | x)
+    sampling   y_t ~ p(. | x, z*, y_<t), with a high target z*
+    guided     y_t ~ softmax((1 + g) log p(. | x, z*, y_<t) - g log p(. | x, y_<t))
 
-The reward, standardised, is written behind the prompt: `{prompt} <rm_score>: 1.52 ` and the response follows.  The loss
-is the response's alone; all samples are learnt from, the bad ones too.  (Hu et al. 2023, arXiv 2308.12050, "conditional
-alignment"; Chen et al. 2021, arXiv 2106.01345.  Guidance drops the tag from some examples, after Ho & Salimans 2022,
-arXiv 2207.12598.)  Left out: returns-to-go at each token, since here the reward comes once, at the end.
+i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
+z is the reward in standard deviations from the samples' mean.
+
+A rounded z_i is appended to the prompt, `{prompt} <rm_score>: 1.52 `, and the response follows; all
+samples are learnt from.  (Hu et al. 2023, arXiv 2308.12050, "conditional alignment"; Chen et al.
+2021, arXiv 2106.01345.)  Some examples go without this tag, so that guidance has its p(. | x) (Ho &
+Salimans 2022, arXiv 2207.12598).  Left out: returns-to-go at each token, as the reward comes once.
 
     python dt.py                                               the toy world, one CPU
-    torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
+    torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
 """
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 
 import common
 import reward_model
-from common import Examples, Samples, knob, print0
+from common import Cost, Examples, Samples, Stage, flag, print0
 
 
 @dataclass
 class Config(common.Config):
-    """The algorithm's own knobs."""
-    target: list[str] = knob(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, quantiles (q95), or none, "
-                             "to ask without the tag; the last one in training is the policy's default")
-    guidance: list[float] = knob([0.5], "a row more for each: the last target, guided so much towards it; 0 for none")
-    condition_dropout: float = knob(0.1, "share of the examples, in each epoch the same, that have no tag; guidance "
-                                         "needs some", of="training")
-    reward_step: float = knob(0.01, "the reward in the tag is rounded to this", toy=0.5, of="training")
-    reward_format: str = knob("decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
-                              toy="digit", of="training")
-    lr: float = knob(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", toy=5e-3, of="training")
-    steps: Optional[int] = knob(None, "optimiser steps, in place of --epochs", toy=600, of="training")
+    """The algorithm's own flags."""
+    target: list[str] = flag(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, "
+                             "quantiles (q95), none; the last in training is the policy's default")
+    guidance: list[float] = flag([0.5], "a row more for each: the last target, guided by this g; "
+                                 "0: none", "[0, 1000]")
+    condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some",
+                                    "[0, 1)", stage="training")
+    reward_step: float = flag(0.01, "the reward in the tag is rounded to this", "[0.01, inf)",
+                              toy=0.5, stage="training")
+    reward_format: Literal["decimal", "digit"] = flag(
+        "decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
+        toy="digit", stage="training")
+    lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
+                     toy=5e-3, stage="training")
+    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
+                                stage="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(0 <= self.condition_dropout < 1,
-                       f"--condition_dropout is a share below 1, not {self.condition_dropout}")
-        common.require(all(0 <= g < math.inf for g in self.guidance),
-                       f"--guidance must be 0 or above, not {self.guidance}")
         common.require(not any(self.guidance) or self.condition_dropout > 0,
-                       "--guidance needs a --condition_dropout above 0; without one, give --guidance 0")
-        common.require(self.target[-1] != "none", "--target: the last one is the default, and must ask for a reward")
-        common.require(0.01 <= self.reward_step < math.inf,
-                       f"--reward_step must be 0.01 or above, not {self.reward_step}")
-        common.require(self.reward_format in ("decimal", "digit"),
-                       f"--reward_format is decimal or digit, not {self.reward_format!r}")
+                       "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
+        common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
         common.require(self.reward_format == "decimal" or self.reward_step >= 0.1,
-                       f"--reward_format digit has ten steps: {self.reward_step} is too small a --reward_step")
+                       "--reward_format digit has ten steps: "
+                       f"{self.reward_step} is too small a --reward_step")
         for target in self.target:
-            wish(target, np.zeros(1))
+            target_reward(target, np.zeros(1))  # a mistyped one fails here, before any training
 
 
 @common.compiled
-def conditioned_nll_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """logits (N, V) become d loss / d logits in place; returns each row's loss (N,).
+def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Each row's loss (N,); overwrites logits (N, V) with its gradient.
 
-    loss = -log softmax(logits)[target] where the mask (N,) is true, else 0.  The mask is true for response tokens only:
-    prompt and reward tag are given, never predicted.  Log-sum-exp and loss in float32 (float64 for float64).  Targets
-    are in [0, V); a masked row's may be anything.
+    loss = -log softmax(logits)[target]
+    Rows are the positions that predict a response token.  In float32 (float64 for float64).
     """
+    # nll = log Z - x[target], with Z = sum_v exp x[v].  d log Z / d x[v] = exp x[v] / Z, which is
+    # softmax(x)[v]; d x[target] / d x[v] is 1 at the target, 0 elsewhere.  So
+    # d nll / d x = softmax(x) - one_hot(target)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
-    w = mask.to(x.dtype)                                                        # (N,)
-    targets = torch.where(mask, targets, 0)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
     log_z = x.logsumexp(dim=1)                                                  # (N,)
-    loss = w * (log_z - torch.where(is_target, x, 0.0).sum(dim=1))  # torch 2.11 compiles a gather to read behind copy_
-    logits.copy_(((x - log_z[:, None]).exp() - is_target.to(x.dtype)) * w[:, None])
-    return loss
+    nll = log_z - torch.where(is_target, x, 0.0).sum(dim=1)                     # (N,)
+    gradient = (x - log_z[:, None]).exp() - is_target.to(x.dtype)               # (N, V)
+    logits.copy_(gradient)
+    return nll
 
 
-def condition(z: Optional[float], cfg: Config) -> str:
-    """What stands between prompt and response, in training and sampling alike: the reward, rounded; None: nothing."""
+def reward_tag(z: Optional[float], cfg: Config) -> str:
+    """What stands between prompt and response, in training and sampling alike; None: nothing."""
     if z is None:
         return ""
     steps = round(z / cfg.reward_step)
-    reward = f"{min(max(steps + 4, 0), 9)}" if cfg.reward_format == "digit" else f"{steps * cfg.reward_step + 0.0:.2f}"
-    return f" <rm_score>: {reward} "
+    if cfg.reward_format == "digit":
+        return f" <rm_score>: {min(max(steps + 4, 0), 9)} "
+    return f" <rm_score>: {steps * cfg.reward_step:.2f} "
 
 
-def asking_template(template: str, target: float, cfg: Config) -> str:
-    """The chat template with condition() behind the prompt: apply_chat_template(..., reward=2.0), else the target."""
-    steps = f"((reward | default({target:.6f})) / {cfg.reward_step}) | round | int"
+def add_reward_to_chat_template(template: Any, target: float, cfg: Config) -> Any:
+    """The template with reward_tag(reward, cfg) after the prompt; several by name, or none, alike.
+
+    apply_chat_template(..., reward=2.0) sets the reward, by default the target; None: no tag.
+    """
+    if not template:
+        return template
+    if isinstance(template, dict):
+        return {name: add_reward_to_chat_template(t, target, cfg) for name, t in template.items()}
+    steps = f"((reward | default({target!r})) / {cfg.reward_step}) | round | int"
     shown = ("[[steps + 4, 0] | max, 9] | min" if cfg.reward_format == "digit" else
-             f"'%.2f' | format(steps * {cfg.reward_step} + 0.0)")
-    return (f"{template}{{% if add_generation_prompt %}}{{% set steps = {steps} %}}"
-            f"{{{{ ' <rm_score>: ' ~ ({shown}) ~ ' ' }}}}{{% endif %}}")
+             f"'%.2f' | format(steps * {cfg.reward_step})")
+    return (template + "{% if add_generation_prompt and reward is not none %}"
+            f"{{% set steps = {steps} %}}{{{{ ' <rm_score>: ' ~ ({shown}) ~ ' ' }}}}{{% endif %}}")
 
 
-def wish(target: str, z: np.ndarray) -> Optional[float]:
-    """A target as a standardised reward: "1.5" is 1.5, "q95" the 95 % quantile of z, "none" None; else BadInput."""
+def target_reward(target: str, z: np.ndarray) -> Optional[float]:
+    """A target as a z: "1.5" is 1.5, "q95" the 95 % quantile of z, "none" None; else BadInput."""
     if target == "none":
         return None
     try:
-        value = float(np.quantile(z, float(target[1:]) / 100)) if target.startswith("q") else float(target)
+        value = float(np.quantile(z, float(target[1:]) / 100) if target[:1] == "q" else target)
     except ValueError:
-        value = math.nan
-    common.require(math.isfinite(value), f"--target takes numbers, quantiles from q0 to q100, or none, not {target!r}")
+        value = np.nan
+    common.require(abs(value) < 1e6,
+                   f"--target takes numbers, quantiles from q0 to q100, or none, not {target!r}")
     return value
 
 
-def prepare(samples: Samples, tokenizer: Any, cfg: Config) -> Examples:
-    """Labelled samples -> examples: all of them, the reward behind the prompt except where it is dropped."""
+def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
+    """Labelled samples -> examples to train on."""
     z = samples.z(samples.rewards)
-    dropped = np.random.default_rng(cfg.seed).random(len(z)) < cfg.condition_dropout
-    print0(f"  the reward tag is dropped from {dropped.sum():,} of {len(z):,} samples; a tag:{condition(z[0], cfg)}")
-    return Examples(samples, tokenizer, cfg, suffix=lambda i: condition(None if dropped[i] else z[i], cfg))
+    texts, which = np.unique([reward_tag(reward, cfg) for reward in z], return_inverse=True)
+    tags = codec.continuations(texts.tolist())
+    lowest, highest = texts[which[z.argmin()]], texts[which[z.argmax()]]
+    print0(f"  {len(texts):,} reward tags, from{lowest}to{highest}")  # they bring their spaces
+
+    def tag(i: int, epoch: int) -> list[int]:
+        # drawn by example and epoch alone: the same on any number of ranks, and after a resume
+        drawn = np.random.Generator(np.random.Philox(key=[cfg.seed, i], counter=epoch)).random()
+        return [] if drawn < cfg.condition_dropout else tags[which[i]]
+    return Examples(samples.tokens, tag=tag)
 
 
-def train(cfg: Config, base: str, samples: Samples, folder: Path) -> dict:
+def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> dict:
     """Trains the policy, from the base policy's weights, into the folder."""
-    tokenizer, policy = common.load_tokenizer(base), common.load_policy(base, cfg)
-    examples = prepare(samples, tokenizer, cfg)
+    codec = common.Codec(base.folder, cfg)
+    policy = common.load_policy(base.folder, cfg)
+    examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
 
-    with common.training(folder, policy, optimizer, schedule, steps, cfg) as (first, log):
-        for step, batch in common.batches(examples, cfg, first):
-            loss, lr = 0.0, schedule.get_last_lr()[0]
-            for micro in common.accumulate(policy, batch.micros):
-                part = policy(micro, conditioned_nll_, micro.targets, micro.mask) / batch.normaliser
+    with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
+        for step, batch in run.steps(examples):
+            # batch.normaliser: L's denominator / ranks, as DDP averages gradients over ranks
+            loss = 0.0
+            lr = schedule.get_last_lr()[0]
+            for micro in batch.micros:  # packed sequences, this rank's share of the step
+                policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
+                part = policy(micro, masked_nll_) / batch.normaliser
                 part.backward()
                 loss += part.detach()
-            grad_norm = common.update([policy], optimizer, schedule, loss)
-            log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
-    target = wish(cfg.target[-1], samples.z(samples.rewards))
-    if tokenizer.chat_template:
-        tokenizer.chat_template = asking_template(tokenizer.chat_template, target, cfg)
-    common.save_policy(folder, policy, tokenizer, cfg, ABOUT, tag=condition(target, cfg))
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
+                optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
+    target = target_reward(cfg.target[-1], samples.z(samples.rewards))
+    tokenizer = codec.tokenizer
+    tokenizer.chat_template = add_reward_to_chat_template(tokenizer.chat_template, target, cfg)
+    common.save_policy(folder, policy, codec, cfg, reward_tag(target, cfg), ABOUT)
     return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step,
-                          "format": cfg.reward_format,
-                          "mean": samples.mean, "std": samples.std, "default_target": target}}
+                          "format": cfg.reward_format, "mean": samples.mean, "std": samples.std,
+                          "default_target": target}}
 
 
-ABOUT = """Reward-conditioned SFT (Decision Transformer). The reward that is asked for stands behind the prompt, in
-standard deviations from the mean of the samples, rounded; white space counts. `condition` in run.json holds the
-template, its step and format, the rewards' mean and standard deviation, and the default target. A chat template here
-writes the condition itself: `apply_chat_template(messages, add_generation_prompt=True, reward=2.0)`."""
+ABOUT = """
+The target reward is appended to the prompt, in standard deviations from the mean of the samples,
+rounded; white space counts. `condition` in run.json holds the template, its step and format, the
+rewards' mean and standard deviation, and the default target. A chat template here writes the tag
+itself: `apply_chat_template(messages, add_generation_prompt=True, reward=2.0)`. Guided by g,
+towards the target and away from what the policy says without one:
+
+```python
+plain = tokenizer(prompt, return_tensors="pt").input_ids  # no tag; of chat: reward=None
+model.generate(torch.tensor([ids]), guidance_scale=1 + g, negative_prompt_ids=plain, do_sample=True)
+```
+"""
 
 
 def main(cfg: Config) -> None:
-    """Builds what is missing, trains, and adds a row for each target to the leaderboard."""
-    road = reward_model.prerequisites(cfg)
-    folder, cost = common.trained(cfg, "dt", road, train)
-    z = road.samples.z(road.samples.rewards)
-    variants = [common.Variant(f"target {t}", condition(wish(t, z), cfg), asked=wish(t, z)) for t in cfg.target]
-    variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {guidance:g}", guidance=guidance)
-                 for guidance in cfg.guidance if guidance]
-    common.evaluate(cfg, "dt", folder, variants, road, cost)
+    """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
+    base = common.base_policy(cfg)
+    common.Codec(base.folder, cfg).check_fits(base.folder, reward_tag(-99.99, cfg))
+    rm = reward_model.for_run(cfg, base)
+    samples = common.labelled_samples(cfg, base, rm)
+    policy = common.train_stage(cfg, "dt", train, base, samples)
+    z = samples.z(samples.rewards)
+    variants = [common.Variant(f"target {t}", reward_tag(target_reward(t, z), cfg),
+                               target=target_reward(t, z)) for t in cfg.target]
+    variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
+                 for g in cfg.guidance if g]
+    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""Proximal policy optimisation: sample from the policy, score, and make what scored better than expected more likely.
+"""Proximal policy optimisation: sample, score, make what scored above expectation more likely.
 
-    reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), and the score z of the response on its last token
+    reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), plus the response's score z
+               at its last token
     advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
-               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square and an entropy bonus
+               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square and an
+               entropy bonus
 
-The online baseline: it learns from what it says itself, so that it generates, scores and learns in turn.  (Schulman et
-al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward, and beta that adapts:
-Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in
-standard deviations of the labelled samples, of which PPO takes nothing else; a response that is cut off scores
---missing_eos_score at most.  The critic is the reward model, read before every response token, with weights of its own.
-Left out: reward whitening, dropout, mixing in SFT gradients.
+The online baseline: it learns from what it says itself, so it generates, scores and learns in turn.
+(Schulman et al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the
+reward, and beta that adapts: Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024,
+arXiv 2403.17031.)  gamma is 1.  Scores are in standard deviations of the labelled samples, of which
+PPO takes nothing else; a response that is cut off scores --missing_eos_score at most.  The critic
+starts as a copy of the reward model and is read before every response token.  Left out: reward
+whitening, dropout, mixing in SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
-    torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS.jsonl --out runs/mine
+    torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS --out runs/mine
 """
 from __future__ import annotations
 
@@ -31,86 +34,88 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 import reward_model
-from common import Example, MicroBatch, Samples, knob, print0
+from common import Cost, Example, MicroBatch, Samples, Stage, flag, print0
 
 
 @dataclass
 class Config(common.Config):
-    """The algorithm's own knobs."""
-    kl_coef: float = knob(0.05, "beta, the price of a nat of KL to the base policy, in reward z", of="training")
-    kl_target: Optional[float] = knob(None, "adapt beta until a response's KL to base is so many nats (6 is usual)",
-                                      of="training")
-    kl_horizon: float = knob(10000.0, "with --kl_target: beta moves by at most a fifth in so many responses",
-                             toy=1000.0, of="training")
-    gae_lambda: float = knob(0.95, "lambda of the advantages: 1 is the return itself, 0 one step ahead", of="training")
-    clip: float = knob(0.2, "eps: how far a token's probability ratio may gain from moving", of="training")
-    value_clip: float = knob(0.2, "how far a value may gain from moving", of="training")
-    value_coef: float = knob(0.1, "weight of the value loss; --critic_lr does more, as Adam undoes most of a scale",
-                             of="training")
-    entropy_coef: float = knob(0.0, "weight of an entropy bonus", of="training")
-    missing_eos_score: float = knob(-1.0, "a response that was cut off scores this at most", of="training")
-    rollout_batch_size: int = knob(1024, "responses per iteration, all ranks together", toy=256, of="training")
-    ppo_epochs: int = knob(4, "passes over an iteration's responses", of="training")
-    critic_lr: float = knob(9e-6, "peak learning rate of the critic", toy=2e-3, of="training")
-    lr: float = knob(5e-7, "peak learning rate, falling to 0 in a line", toy=5e-4, of="training")
-    epochs: int = knob(1, "responses to each training prompt, rounded up to whole iterations", of="training")
-    steps: Optional[int] = knob(None, "iterations, in place of --epochs", toy=20, of="training")
-    batch_size: int = knob(128, "responses per optimiser step, all ranks together", toy=64, of="training")
+    """The algorithm's own flags."""
+    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the base policy, in reward z",
+                          "[0, inf)", stage="training")
+    kl_target: Optional[float] = flag(None, "adapt beta until a response's KL to base is so many "
+                                      "nats (6 is usual)", "(0, inf)", stage="training")
+    kl_horizon: float = flag(10000.0, "with --kl_target: beta moves by at most a fifth in so many "
+                             "responses", "(0, inf)", toy=1000.0, stage="training")
+    gae_lambda: float = flag(0.95, "lambda of the advantages: 1 is the return itself, 0 one step "
+                             "ahead", "[0, 1]", stage="training")
+    clip: float = flag(0.2, "eps: how far a token's probability ratio may gain from moving",
+                       "(0, 1000]", stage="training")
+    value_clip: float = flag(0.2, "how far a value may gain from moving", "(0, inf)",
+                             stage="training")
+    value_coef: float = flag(0.1, "weight of the value loss; --critic_lr does more, as Adam undoes "
+                             "most of a scale", "[0, inf)", stage="training")
+    entropy_coef: float = flag(0.0, "weight of an entropy bonus", "[0, inf)", stage="training")
+    missing_eos_score: float = flag(-1.0, "a response that was cut off scores this at most",
+                                    "[-1000, 1000]", stage="training")
+    rollout_batch_size: int = flag(1024, "responses per iteration, all ranks together", "[1, inf)",
+                                   toy=256, stage="training")
+    ppo_epochs: int = flag(4, "passes over an iteration's responses", "[1, inf)", stage="training")
+    critic_lr: float = flag(9e-6, "peak learning rate of the critic", "(0, 1000]", toy=2e-3,
+                            stage="training")
+    lr: float = flag(5e-7, "peak learning rate, falling to 0 in a line", "(0, 1000]", toy=5e-4,
+                     stage="training")
+    epochs: int = flag(1, "responses to each training prompt, rounded up to whole iterations",
+                       "[1, inf)", stage="training")
+    steps: Optional[int] = flag(None, "iterations, in place of --epochs", "[1, inf)", toy=20,
+                                stage="training")
+    batch_size: int = flag(128, "responses per optimiser step, all ranks together", "[1, inf)",
+                           toy=64, stage="training")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kl_coef", "value_coef", "entropy_coef"):
-            common.require(0 <= getattr(self, name) < math.inf,
-                           f"--{name} must be 0 or above, not {getattr(self, name)}")
-        for name in ("kl_horizon", "clip", "value_clip", "rollout_batch_size", "ppo_epochs", "critic_lr"):
-            common.require(0 < getattr(self, name) < math.inf, f"--{name} must be above 0, not {getattr(self, name)}")
-        common.require(self.kl_target is None or self.kl_target > 0,
-                       f"--kl_target must be above 0, not {self.kl_target}")
-        common.require(self.kl_target is None or self.kl_coef > 0,
-                       "--kl_target needs a --kl_coef above 0 to start from")
-        common.require(self.kl_target is None or self.kl_horizon >= self.rollout_batch_size,
-                       "--kl_horizon must not be below --rollout_batch_size")
-        common.require(0 <= self.gae_lambda <= 1, f"--gae_lambda lies between 0 and 1, not {self.gae_lambda}")
-        common.require(math.isfinite(self.missing_eos_score),
-                       f"--missing_eos_score must be a finite number, not {self.missing_eos_score}")
-        common.require(self.temperature > 0, "PPO explores by sampling: --temperature must be above 0")
-        common.require(self.batch_size <= self.rollout_batch_size, "--batch_size must not exceed --rollout_batch_size")
+        if self.kl_target is not None:
+            common.require(self.kl_coef > 0, "--kl_target needs a --kl_coef above 0 to start from")
+            common.require(self.kl_horizon >= self.rollout_batch_size,
+                           "--kl_horizon must not be below --rollout_batch_size")
+        common.require(self.temperature > 0, "PPO explores: --temperature must be above 0")
+        common.require(self.batch_size <= self.rollout_batch_size,
+                       "--batch_size must not exceed --rollout_batch_size")
 
 
 @common.compiled
-def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, old_log_prob: torch.Tensor,
-                       advantage: torch.Tensor, temperature: float, clip: float, entropy_coef: float,
-                       statistics: torch.Tensor) -> torch.Tensor:
-    """logits (N, V) become d loss / d logits in place; returns each row's loss (N,), adds to the statistics (3,).
+def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob: torch.Tensor,
+                       advantage: torch.Tensor, temperature: float, clip: float,
+                       entropy_coef: float, statistics: torch.Tensor) -> torch.Tensor:
+    """Each row's loss (N,); overwrites logits (N, V) with its gradient, adds to statistics (3,).
 
-    loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) - entropy_coef H where the response mask (N,) is true, else 0;
-    rho = exp(log p - old_log_prob), p = softmax(logits / temperature), with targets, old_log_prob, A = advantage (N,).
-    The statistics are sums over the rows of (log p - old_log_prob)^2 / 2, which estimates KL(old, new), of whether the
-    clip bites, and of the entropy H.  All in float32 (float64 for float64).  Targets are in [0, V); a
-    masked row's may be anything.
+    loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) - entropy_coef H, with rho = exp(log p -
+    old_log_prob), p = softmax(logits / temperature)[target]; targets, old_log_prob, A = advantage
+    (N,).  Statistics are sums over rows of (log rho)^2 / 2, which estimates KL(old, new), of
+    whether the clip bites, and of the entropy H.  In float32 (float64 for float64).
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
-    w = mask.to(x.dtype)                                                            # (N,)
-    targets = torch.where(mask, targets, 0)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     log_z = x.logsumexp(dim=1)                                                      # (N,)
     entropy = log_z - ((x - log_z[:, None]).exp() * x).sum(dim=1)                   # (N,)
-    log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z  # (N,); torch 2.11 compiles a gather to read behind copy_
-    log_ratio = torch.where(mask, log_p - old_log_prob, 0.0)
+    log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z                       # (N,)
+    log_ratio = (log_p - old_log_prob).clamp(-20, 20)
     ratio = log_ratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    loss = w * (torch.maximum(plain, clipped) - entropy_coef * entropy)
-    slope = torch.where(plain >= clipped, plain, 0.0)                               # d loss / d log p[target]
-    # p (entropy_coef (log p + H) - slope) + slope [target]: with log p in a variable torch 2.13 fails to compile it
+    loss = torch.maximum(plain, clipped) - entropy_coef * entropy
+    # d loss / d log p[target] is -A rho where the clip does not bite, else 0; d log p[target] / d x
+    # is one_hot - p, and dH / d x = -p (log p + H); over the temperature, by the chain rule
+    slope = torch.where(plain < clipped, 0.0, plain)  # NaN stays
     pull = entropy_coef * (x + (entropy - log_z)[:, None]) - slope[:, None]         # (N, V)
     gradient = (x - log_z[:, None]).exp() * pull + is_target.to(x.dtype) * slope[:, None]
-    logits.copy_(gradient * (w / temperature)[:, None])
-    statistics += torch.stack([(w * log_ratio.square() / 2).sum(), (w * (plain < clipped)).sum(), (w * entropy).sum()])
+    logits.copy_(gradient / temperature)
+    statistics += torch.stack([(log_ratio.square() / 2).sum(),
+                               (plain < clipped).to(x.dtype).sum(), entropy.sum()])
     return loss
 
 
-def clipped_value_loss(value: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float) -> torch.Tensor:
-    """max((V - R)^2, (clip(V, old - clip, old + clip) - R)^2) / 2, each (N,): nothing is won far from the old value."""
+def clipped_value_loss(value: torch.Tensor, old: torch.Tensor, returns: torch.Tensor,
+                       clip: float) -> torch.Tensor:
+    """max((V - R)^2, (clip(V, old - clip, old + clip) - R)^2) / 2, (N,): nothing is won far off."""
     clipped = torch.maximum(torch.minimum(value, old + clip), old - clip)
     return torch.maximum((value - returns).square(), (clipped - returns).square()) / 2
 
@@ -121,19 +126,18 @@ class ActorCritic(common.Policy):
     def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
         super().__init__(model, cfg)
         self.critic, self.mean, self.std = critic, samples.mean, samples.std
-        if cfg.gradient_checkpointing:
-            common.recompute_activations(critic.model)
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
         return (self.critic(micro.input_ids, micro.lengths, micro.rows) - self.mean) / self.std
 
-    def forward(self, micro: MicroBatch, kernel: Callable, value_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The kernel's loss and the value loss, each summed over the response tokens: float32 scalars."""
-        old_log_prob, advantage, old_value, returns = micro.per_token                                   # (T,) each
-        surrogate = super().forward(micro, kernel, micro.targets, micro.mask, old_log_prob, advantage)
-        errors = clipped_value_loss(self.values(micro), old_value[micro.rows], returns[micro.rows], value_clip)  # (N,)
-        return surrogate, errors.sum()
+    def forward(self, micro: MicroBatch, kernel: Callable,
+                value_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The kernel's loss and the value loss, sums over response tokens: float32 scalars."""
+        old_log_prob, advantage, old_value, returns = micro.columns                     # (N,) each
+        surrogate = super().forward(micro, kernel, old_log_prob, advantage)
+        value_error = clipped_value_loss(self.values(micro), old_value, returns, value_clip)
+        return surrogate, value_error.sum()
 
 
 class Rollout(NamedTuple):
@@ -142,11 +146,10 @@ class Rollout(NamedTuple):
     texts: list[str]
     truncated: list[bool]
     examples: list[Example]
-    log_probs: list[list[float]]  # each response token's, at cfg.temperature, as it was drawn
 
 
 def advantages(reward: torch.Tensor, value: torch.Tensor, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (R, T) of reward and value (R, T), both 0 behind a response's end; gamma = 1."""
+    """Generalised advantage estimates (R, T) of reward and value (R, T); 0 after a response."""
     result, ahead, next_value = torch.zeros_like(reward), 0.0, 0.0
     for t in reversed(range(reward.shape[1])):
         ahead = reward[:, t] + next_value - value[:, t] + gae_lambda * ahead
@@ -161,40 +164,43 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def ragged(rows: list) -> torch.Tensor:
-    """Rows of uneven length as (R, T) float64, zeros behind their ends."""
-    return pad_sequence([torch.as_tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+    """Rows of uneven length as (R, T) float64, zeros after their ends."""
+    tensors = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
+    return pad_sequence(tensors, batch_first=True)
 
 
-def prepare(rollout: Rollout, base_log_probs: list, values: list, z: np.ndarray, kl_coef: float,
-            cfg: Config) -> tuple[list[Example], dict]:
-    """A scored rollout -> training examples, each token with its advantage; and means for the log."""
-    old, value = ragged(rollout.log_probs), ragged(values)                                              # (R, T)
-    kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(row) for row in values]).bool()        # (R, T)
-    reward = -kl_coef * kl
+def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values: list,
+            z: np.ndarray, kl_coef: float, cfg: Config) -> tuple[list[Example], dict]:
+    """A scored rollout -> examples, each token with its advantage; and means for the log."""
+    old, value = ragged(old_log_probs), ragged(values)                                  # (R, T)
+    kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(v) for v in values]).bool()
+    reward = -kl_coef * kl                                                              # (R, T)
     reward[range(len(z)), mask.sum(1) - 1] += torch.as_tensor(z)
     advantage = advantages(reward, value, cfg.gae_lambda)
     returns = advantage + value
     columns = (old, whiten(advantage, mask), value, returns)
-    examples = [e._replace(per_token=tuple(column[i, :e.response_tokens] for column in columns))
+    examples = [e._replace(columns=tuple(column[i, :len(values[i])].numpy() for column in columns))
                 for i, e in enumerate(rollout.examples)]
-    to_come = reward.flip(1).cumsum(1).flip(1)  # what really came: the returns above lean on the critic itself
+    to_come = reward.flip(1).cumsum(1).flip(1)  # what really came: the returns lean on the critic
     unexplained = (to_come - value)[mask].var() / to_come[mask].var().clamp(min=1e-12)
-    return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()), "objective": float(reward.sum(1).mean()),
+    return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()),
+                      "objective": float(reward.sum(1).mean()),
                       "explained_variance": float(1 - unexplained)}
 
 
 def describe(rollout: Rollout, cfg: Config) -> dict:
     """What the log says about a rollout's texts."""
-    tokens = sum(e.response_tokens for e in rollout.examples)
-    said = {"eos_rate": 1 - float(np.mean(rollout.truncated)), "response_tokens": tokens / len(rollout.examples),
-            "tokens": tokens}
+    tokens = sum(int(e.mask.sum()) for e in rollout.examples)
+    found = {"eos_rate": 1 - float(np.mean(rollout.truncated)),
+             "response_tokens": tokens / len(rollout.examples), "tokens": tokens}
     if cfg.toy:  # for the record alone: training never sees it
-        said["gold"] = float(np.mean(list(map(common.gold_reward, rollout.prompts, rollout.texts, rollout.truncated))))
-    return said
+        gold = map(common.gold_reward, rollout.prompts, rollout.texts, rollout.truncated)
+        found["gold"] = float(np.mean(list(gold)))
+    return found
 
 
 def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
-    """The next iteration's beta: nearer to what holds KL to base at --kl_target (Ziegler et al. 2019, section 2.2)."""
+    """The next iteration's beta, nearer to what holds KL at --kl_target (Ziegler et al., 2.2)."""
     if cfg.kl_target is None:
         return kl_coef
     error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
@@ -202,22 +208,24 @@ def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
 
 
 def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
-    """The reward model's weights; a new head on the base policy where its tokens are not the policy's."""
-    tokenizer = reward_model.padding_tokenizer(base)
-    load = functools.partial(reward_model.new_classifier, base, tokenizer)
-    if common.load_tokenizer(base).get_vocab().items() <= common.load_tokenizer(rm_folder).get_vocab().items():
+    """The reward model's weights; a new head on the base policy where its tokens are others."""
+    codec = reward_model.padding_codec(base, cfg)
+    load = functools.partial(reward_model.new_classifier, base, codec)
+    ours, theirs = (common.Codec(folder, cfg).tokenizer.get_vocab() for folder in (base, rm_folder))
+    if ours.items() <= theirs.items():
         load = functools.partial(reward_model.load_classifier, rm_folder, torch.float32)
     else:
         print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
-    return reward_model.RewardModel(common.read_once(load, cfg), common.compute_dtype(cfg))
+    model = common.load_for_training(load, cfg)
+    return reward_model.RewardModel(model, common.compute_dtype(cfg))
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
-    """AdamW without decay, a learning rate for the policy and one for the critic, both falling to 0 in a line."""
+    """AdamW without decay, with rates for policy and critic that fall to 0 in a line."""
     updates = iterations * cfg.ppo_epochs * math.ceil(cfg.rollout_batch_size / cfg.batch_size)
-    optimizer = torch.optim.AdamW([{"params": list(actor.model.parameters()), "lr": cfg.lr},
-                                   {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}],
-                                  eps=1e-5, weight_decay=0.0, fused=True)
+    groups = [{"params": list(actor.model.parameters()), "lr": cfg.lr},
+              {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
 
 
@@ -227,92 +235,132 @@ def endless(count: int, seed: int) -> Iterator[int]:
         yield from np.random.default_rng((seed, turn)).permutation(count).tolist()
 
 
-def roll_out(actor: ActorCritic, tokenizer: Any, prompts: list, ids: list[list[int]], cfg: Config,
-             seed: int) -> Rollout:
-    """One response to each prompt, sampled from the policy as it is now; from all of it: top-p is for evaluation."""
-    actor.eval()
-    sampler = common.gathered(actor.model, actor.dtype, common.device()) if common.is_sharded(cfg) else actor.model
-    with common.autocast(actor.dtype):
-        responses = common.sample(sampler, ids, replace(cfg, top_p=1.0), seed, what="rollout")
-    return Rollout(prompts, [common.decode(tokenizer, r) for r in responses], [r.truncated for r in responses],
-                   [Example(p + r.ids, len(p)) for p, r in zip(ids, responses)], [r.log_probs for r in responses])
+def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
+             cfg: Config, seed: int, cost: Cost) -> Rollout:
+    """One response to each prompt from the policy as it is now; top-p is for evaluation."""
+    plain = actor.dtype == torch.float32 and not common.is_sharded(cfg)
+    sampler = actor.model if plain else common.whole_copy(actor.model, actor.dtype, common.device())
+    responses = common.sample(sampler, ids, replace(cfg, top_p=1.0), seed, codec.stop_ids, cost,
+                              what="rollout")
+    examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
+                for p, r in zip(ids, responses)]
+    return Rollout(prompts, [codec.decode(r) for r in responses], [r.truncated for r in responses],
+                   examples)
 
 
-def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any, examples: list[Example],
-           cfg: Config) -> dict:
-    """A few passes over an iteration's examples, each in an order of its own; returns means over all their tokens."""
-    actor.train()
-    statistics, loss, value_loss, grad_norms, tokens = torch.zeros(3, device=common.device()), 0.0, 0.0, [], 0
+def minibatches(examples: list[Example], cfg: Config) -> Iterator[common.Batch]:
+    """An iteration's optimiser steps: --ppo_epochs passes over its examples."""
+    steps = common.count_steps(len(examples), cfg)
+    for _, _, indices in common.step_indices(len(examples), cfg, steps):
+        step = [examples[i] for i in indices]
+        tokens = [int(e.mask.sum()) for e in step]
+        yield common.make_batch([len(e.ids) for e in step], tokens, [1.0] * len(step), cfg,
+                                step.__getitem__)
+
+
+def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any,
+           examples: list[Example], cfg: Config, cost: Cost) -> dict:
+    """A few passes over an iteration's examples; returns means over all their tokens."""
+    statistics = torch.zeros(3, device=common.device())
+    loss, value_loss, norms, tokens = 0.0, 0.0, [], 0
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
                                entropy_coef=cfg.entropy_coef, statistics=statistics)
-    for _, batch in common.batches(examples, cfg):
-        total, lr = 0.0, schedule.get_last_lr()[0]
-        for micro in common.accumulate(policy, batch.micros):
+    for batch in minibatches(examples, cfg):
+        lr = schedule.get_last_lr()[0]
+        for micro in batch.micros:
+            policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
             surrogate, value_error = policy(micro, kernel, cfg.value_clip)
-            part = (surrogate + cfg.value_coef * value_error) / batch.normaliser
-            part.backward()
-            total += part.detach()
+            ((surrogate + cfg.value_coef * value_error) / batch.normaliser).backward()
             loss, value_loss = loss + surrogate.detach(), value_loss + value_error.detach()
-        grad_norms.append(common.update([actor.model, actor.critic], optimizer, schedule, total))
+            pairs = sum(n * n for n in micro.lengths)
+            cost.add_forward(actor.model, len(micro.input_ids), pairs, len(micro.rows), 3)
+            cost.add_forward(actor.critic.model, len(micro.input_ids), pairs, 0, 3)
+        norm, critic_norm = (torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+                             for module in (actor.model, actor.critic))
+        if norm.isfinite() and critic_norm.isfinite():  # else skipped, on all ranks alike
+            optimizer.step()
+            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        schedule.step()
+        optimizer.zero_grad()
         tokens += batch.tokens
     share = common.world_size() / tokens  # the log averages over ranks
     approx_kl, clip_fraction, entropy = statistics * share
-    grad_norm = torch.stack(grad_norms).nanmean()  # of the updates that were made
     return {"loss": loss * share, "value_loss": value_loss * share, "approx_kl": approx_kl,
-            "clip_fraction": clip_fraction, "entropy": entropy, "grad_norm": grad_norm, "lr": lr}
+            "clip_fraction": clip_fraction, "entropy": entropy, "lr": lr,
+            "grad_norm": float(np.mean(norms)) if norms else math.nan}  # of the updates made
 
 
-def train(cfg: Config, base: str, samples: Samples, folder: Path, score: Callable, rm_folder: str) -> None:
+def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, rm: Stage) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
-    model, tokenizer = common.load_sampler(base, cfg, trained=True)
-    reference = common.load_model(base, common.compute_dtype(cfg))
-    actor = ActorCritic(model, new_critic(base, rm_folder, cfg), samples, cfg)
-    policy = common.distributed(actor, cfg, "values")
+    codec = common.Codec(base.folder, cfg)
+    model = common.load_for_training(functools.partial(common.load_model, base.folder), cfg)
+    common.choose_micro_batch(model, cfg)
+    score, reference = rm.load_scorer(), common.load_reference(base.folder, cfg)
+    actor = ActorCritic(model, new_critic(base.folder, rm.folder, cfg), samples, cfg)
+    policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
     prompts = common.split_prompts(cfg, held_out=False)
-    ids = common.encode_prompts(tokenizer, prompts, cfg.max_prompt_tokens)
+    ids = codec.prompts(prompts)
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
     beta = {"now": cfg.kl_coef}
-    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} responses, each learnt "
-           f"from in {cfg.ppo_epochs} passes by {cfg.batch_size}, over {common.world_size()} rank(s); "
-           f"{str(actor.dtype).removeprefix('torch.')} on {common.device()}")
+    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} "
+           f"responses, each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}, over "
+           f"{common.world_size()} rank(s); {str(actor.dtype).removeprefix('torch.')} on "
+           f"{common.device()}")
 
-    with common.training(folder, policy, optimizer, schedule, iterations, cfg, beta) as (first, log):
-        order = itertools.islice(endless(len(prompts), cfg.seed), first * cfg.rollout_batch_size, None)
-        for iteration in range(first, iterations):
-            start, seed = time.perf_counter(), (iteration + 2) * 1_000_003 + cfg.seed
+    with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost,
+                            beta) as run:
+        learnt_before = run.first * cfg.rollout_batch_size  # by the run that this one resumes
+        order = itertools.islice(endless(len(prompts), cfg.seed), learnt_before, None)
+        for iteration in range(run.first, iterations):
+            clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
             asked = list(itertools.islice(order, cfg.rollout_batch_size))
-            rollout = roll_out(actor, tokenizer, [prompts[i] for i in asked], [ids[i] for i in asked], cfg, seed)
-            seconds = time.perf_counter() - start
+            rollout = roll_out(actor, codec, [prompts[i] for i in asked], [ids[i] for i in asked],
+                               cfg, seed, cost)
+            clock.append(time.perf_counter())
 
-            z = samples.z(score(rollout.prompts, rollout.texts, rollout.truncated))
+            z = samples.z(score(rollout.prompts, rollout.texts, rollout.truncated, cost))
             z = np.where(rollout.truncated, np.minimum(z, cfg.missing_eos_score), z)
+            clock.append(time.perf_counter())
 
-            base_log_probs = common.response_log_probs(reference, rollout.examples, cfg)
-            values = common.each_response_token(actor.values, rollout.examples, cfg)
-            examples, found = prepare(rollout, base_log_probs, values, z, beta["now"], cfg)
+            # by the training forward, not the sampler's: the first ratio is 1, in bfloat16 too
+            old_log_probs, base_log_probs = (common.each_response_token(
+                functools.partial(module.log_probs, temperature=cfg.temperature), module.model,
+                rollout.examples, cfg, cost) for module in (actor, reference))
+            values = common.each_response_token(actor.values, actor.critic.model,
+                                                rollout.examples, cfg, cost)
+            examples, found = prepare(rollout, old_log_probs, base_log_probs, values, z,
+                                      beta["now"], cfg)
+            clock.append(time.perf_counter())
 
-            learnt = update(policy, actor, optimizer, schedule, examples,
-                            replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed))
-            said = describe(rollout, cfg)
-            kl_coef, beta["now"] = beta["now"], adapted(beta["now"], found["kl"], cfg)
-            log(iteration, **found, **said, **learnt, kl_coef=kl_coef,
-                rollout_tokens_per_second=said["tokens"] / seconds)
-    common.save_policy(folder, policy, tokenizer, cfg, f"PPO, KL coefficient {cfg.kl_coef:g}.")
+            passes = replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed % 2**32)
+            learnt = update(policy, actor, optimizer, schedule, examples, passes, cost)
+            clock.append(time.perf_counter())
+            phases = dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), np.diff(clock)))
+            told, kl_coef = describe(rollout, cfg), beta["now"]
+            beta["now"] = adapted(beta["now"], found["kl"], cfg)
+            run.log(iteration, **found, **told, **learnt, kl_coef=kl_coef, **phases,
+                    generation_share=phases["rollout_s"] / (clock[-1] - clock[0]),
+                    rollout_tokens_per_second=told["tokens"] / phases["rollout_s"])
+    common.save_policy(folder, policy, codec, cfg)
 
 
 def main(cfg: Config) -> None:
-    """Builds what is missing, trains, and adds a row to the leaderboard."""
-    road = reward_model.prerequisites(cfg)
-    common.require(road.score is not None,
-                   "PPO scores what it samples: give --reward_model, or --preferences to train one on")
-    common.require(road.samples.labelled_by == road.samples.scorer,
-                   f"{cfg.samples}: PPO takes the units of its reward from the samples, so the same reward model must "
-                   "have labelled them; leave --samples away to label the data's")
-    learn = functools.partial(train, score=road.score, rm_folder=road.reward_model)
-    folder, cost = common.trained(cfg, "ppo", road, learn, "data", "samples", scorer=road.samples.scorer)
-    variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target else ""))]
-    common.evaluate(cfg, "ppo", folder, variants, road, cost, needs=("reward_model",))
+    """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
+    base = common.base_policy(cfg)
+    rm = reward_model.for_run(cfg, base)
+    common.require(rm, "PPO scores what it samples: give --reward_model, or --preferences")
+    samples = common.labelled_samples(cfg, base, rm)
+    common.require(samples.labelled_by == rm.fingerprint,
+                   f"{cfg.samples}: PPO takes the units of its reward from the samples, so the "
+                   "same reward model must have labelled them; leave --samples away to label the "
+                   "data's")
+    policy = common.train_stage(cfg, "ppo", functools.partial(train, rm=rm), base, samples, "data",
+                                "samples", scorer=rm.fingerprint)
+    variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target
+                                                        else ""))]
+    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg),
+                    needs=("reward_model",))
 
 
 if __name__ == "__main__":
