@@ -1,11 +1,13 @@
-"""How sure one can be of a run's differences: policies on the same held-out prompts, with 95 % intervals.
+"""How sure one can be of a run's differences: policies on the same held-out prompts, with 95 %
+intervals.
 
-    python benchmarks/paired.py --runs runs/hh                          # one run, or the seeds of one
+    python benchmarks/paired.py --runs runs/hh  # one run, or the seeds of one
     python benchmarks/paired.py --runs runs/hh --column reward
 
-A prompt is the unit: what a policy got on it is averaged over replies and seeds, and differences are taken prompt by
-prompt.  The last column is the power of it all: the difference that such an experiment sees four times in five.  What a
-training run with another seed would have done is not in the intervals: look at the means run by run.
+A prompt is the unit: what a policy got on it is averaged over replies and seeds, and differences
+are taken prompt by prompt.  The last column is the power of it all: the difference that such an
+experiment sees four times in five.  What a training run with another seed would have done is not in
+the intervals: look at the means run by run.
 """
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from measure import markdown
+from measure import markdown, start
 
 import common
-from common import knob
+from common import flag
 
 SEEN = 1.96 + 0.84  # standard errors: two-sided 5 %, with 80 % power
 
@@ -27,18 +29,21 @@ SEEN = 1.96 + 0.84  # standard errors: two-sided 5 %, with 80 % power
 @dataclass
 class Config:
     """Which runs, and what to compare."""
-    runs: list[str] = knob(["runs/toy"], "folders of runs with the same held-out prompts, a seed each")
-    column: str = knob("gold", "gold, of the toy world or --judge, or reward")
-    against: str = knob("base", "the policy that all are held against, by the start of its name")
+    runs: list[str] = flag(["runs/toy"], "folders of runs with the same held-out prompts, a seed "
+                           "each")
+    column: str = flag("gold", "gold, of the toy world or --judge, or reward")
+    against: str = flag("base", "the policy that all are held against, by the start of its name")
 
 
 def comparable(run: str) -> tuple[list[dict], int]:
-    """A run's leaderboard rows that compare with the newest, in the table's order; and how many do not."""
+    """A run's leaderboard rows that compare with the newest, in the table's order; and how many do
+    not."""
     file = Path(run) / "leaderboard.jsonl"
-    rows = [row for _, row in common.read_rows(str(file))] if file.exists() else []
+    rows = [row for _, row in common.read_jsonl(file)] if file.exists() else []
     common.require(bool(rows), f"{run}: no leaderboard.jsonl there; train something first")
     alike = [row for row in rows if row.get("setting") == rows[-1].get("setting")]
-    return sorted(alike, key=common.row_key), len(rows) - len(alike)
+    order = sorted(alike, key=lambda row: (row["algorithm"], row["variant"], row["seed"]))
+    return order, len(rows) - len(alike)
 
 
 def leaderboard(run: str) -> dict[str, dict]:
@@ -47,7 +52,8 @@ def leaderboard(run: str) -> dict[str, dict]:
 
 
 def boards(folders: list[str]) -> dict[str, list[tuple[str, dict]]]:
-    """Each policy's leaderboard rows with their folders, a seed once: two folders of a seed share the base policy's."""
+    """Each policy's leaderboard rows with their folders, a seed once: two folders of a seed share
+    the base policy's."""
     found: dict[str, dict[int, tuple[str, dict]]] = {}
     for folder in folders:
         for name, row in leaderboard(folder).items():
@@ -57,11 +63,12 @@ def boards(folders: list[str]) -> dict[str, list[tuple[str, dict]]]:
 
 def replies(run: str, row: dict) -> list[dict]:
     """What a policy said in evaluation."""
-    return [r for _, r in common.read_rows(str(common.replies_file(Path(run), row["algorithm"], row["variant"],
-                                                                   row["seed"])))]
+    file = common.replies_file(Path(run), row["algorithm"], row["variant"], row["seed"])
+    return [reply for _, reply in common.read_jsonl(file)]
 
 
-def by_prompt(runs: list[str], value: Callable[[dict], Optional[float]]) -> dict[str, list[dict[str, float]]]:
+def by_prompt(runs: list[str],
+              value: Callable[[dict], Optional[float]]) -> dict[str, list[dict[str, float]]]:
     """For each policy, for each run that has it: each prompt's mean value."""
     found: dict[str, list[dict[str, float]]] = {}
     for run in runs:
@@ -72,24 +79,29 @@ def by_prompt(runs: list[str], value: Callable[[dict], Optional[float]]) -> dict
             if any(v is None for each in got.values() for v in each):
                 continue
             means = {prompt: float(np.mean(each)) for prompt, each in got.items()}
-            if means not in found.setdefault(name, []):  # two runs of one seed share the base policy's replies
+            # two runs of one seed share the base policy's replies
+            if means not in found.setdefault(name, []):
                 found[name].append(means)
     return found
 
 
 def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, float, int]:
-    """Mean difference over the prompts that both have, its standard error, and how many prompts those are."""
+    """Mean difference over the prompts that both have, its standard error, and how many prompts
+    those are."""
     ours, theirs = ({prompt: np.mean([run[prompt] for run in runs if prompt in run])
                      for prompt in set().union(*runs)} for runs in (ours, theirs))
-    each = np.array([ours[prompt] - theirs[prompt] for prompt in sorted(ours.keys() & theirs.keys())])
+    each = np.array([ours[prompt] - theirs[prompt]
+                     for prompt in sorted(ours.keys() & theirs.keys())])
     common.require(len(each) > 1, "the policies have not two prompts in common")
     return float(each.mean()), float(each.std(ddof=1)) / math.sqrt(len(each)), len(each)
 
 
 def table(found: dict[str, list[dict]], against: str) -> list[dict]:
-    """A row a policy: its mean, run by run, and its difference to another with interval and power."""
+    """A row a policy: its mean, run by run, and its difference to another with interval and
+    power."""
     rival = next((name for name in found if name.startswith(against)), None)
-    common.require(rival is not None, f"--against: no policy's name starts with {against!r}, of {', '.join(found)}")
+    common.require(rival is not None, f"--against: no policy's name starts with {against!r}, of "
+                   f"{', '.join(found)}")
     rows = []
     for name, runs in found.items():
         means = [float(np.mean(list(run.values()))) for run in runs]
@@ -98,8 +110,9 @@ def table(found: dict[str, list[dict]], against: str) -> list[dict]:
                f"− {rival} [95 %]": "", "prompts": "", "seen 4 in 5 times": ""}
         if name != rival:
             mean, error, prompts = difference(runs, found[rival])
-            row |= {f"− {rival} [95 %]": f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]",
-                    "prompts": prompts, "seen 4 in 5 times": f"{SEEN * error:.2f}"}
+            row |= {f"− {rival} [95 %]": f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, "
+                    f"{mean + 1.96 * error:+.2f}]", "prompts": prompts,
+                    "seen 4 in 5 times": f"{SEEN * error:.2f}"}
         rows.append(row)
     return rows
 
@@ -112,4 +125,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main, Config)
+    start(main, Config)
