@@ -1,4 +1,4 @@
-"""Real preferences on a real model, with a judge: the whole road, and whether the methods can be
+"""Real preferences on a real model, with a judge: all stages, and whether the methods can be
 told apart.
 
     python benchmarks/hh.py --model SMOLLM2 --preferences PAIRS.jsonl.gz --out runs/hh
