@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from tqdm import tqdm
+from transformers.cache_utils import Cache
 
 # ---------------------------------------------------------------------------------- process group
 
@@ -143,10 +144,10 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
         quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
         if world_size() > 1:
-            if device().type == "cuda":
+            gpu, timeout = device().type == "cuda", timedelta(minutes=cfg.dist_timeout_minutes)
+            if gpu:
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if device().type == "cuda" else "gloo",
-                                    timeout=timedelta(minutes=cfg.dist_timeout_minutes))
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
             seen = gather(fingerprint({**asdict(cfg), **settings(cfg, *STAGES)}))
             require(len(set(seen)) == 1, "the ranks were started with other flags, or see other "
                     "files, than one another: they must all read the same data")
@@ -168,8 +169,8 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
             raise
         where = getattr(found, "filename", None) or (cfg.out if cfg else "")
         problem = f"{where}: {why}; what was there before is untouched"
-    name = f"rank {rank()}: " if rank() else ""
-    print(f"{Path(sys.argv[0]).name}: {name}{printable(problem)}", file=sys.stderr)
+    name = f"{Path(sys.argv[0]).name}: " + (f"rank {rank()}: " if rank() else "")
+    print(name + printable(problem), file=sys.stderr)
     sys.exit(status)
 
 
@@ -229,10 +230,8 @@ class Help(str):
 
 def flag(default: Any, help: str, within: Optional[str] = None, toy: Any = None,
          stage: str = "runtime") -> Any:
-    """A flag: default, help, the interval its value must lie in, its default in the toy world.
-
-    `stage` is the first stage that depends on it, one of STAGES; on "runtime" none does.
-    """
+    """A flag: the interval `within` which it must lie, its default in the toy world, and the first
+    stage that depends on it, one of STAGES; on "runtime" none does."""
     text = Help((help + ("" if toy is None else f" [toy world: {toy}]")).replace("%", "%%"))
     text.toy, text.stage, text.within = toy, stage, within
     if isinstance(default, list):
@@ -244,48 +243,47 @@ def flag(default: Any, help: str, within: Optional[str] = None, toy: Any = None,
 class Config:
     """The flags that every script shares."""
     out: str = flag("runs/model", "the run's folder", toy="runs/toy")
-    model: Optional[str] = flag(None, "base policy: folder or Hub id [none: toy world]", stage="data")
-    preferences: Optional[str] = flag(None, "chosen and rejected, or ranked: file, folder, Hub id",
-                                      stage="data")
-    max_pairs: Optional[int] = flag(None, "use at most so many preferences", "[1, inf)", stage="data")
-    held_out: float = flag(0.1, "share of prompts held out, where the data have no test split",
-                           "(0, 1)", stage="data")
-    max_prompt_tokens: int = flag(1024, "longer prompts lose their oldest turns, or their start",
-                                  "[1, inf)", toy=64, stage="data")
-    max_response_tokens: int = flag(1024, "longer responses are cut, and then carry no EOS",
-                                    "[1, inf)", toy=64, stage="data")
-    rendered_text: bool = flag(False, "texts were rendered by the chat template before: read the "
-                               "special tokens in them", stage="data")
+    model: Optional[str] = flag(None, "base policy: folder or Hub id [toy world]", stage="data")
+    preferences: Optional[str] = flag(
+        None, "chosen and rejected, or ranked: file, folder, Hub id", stage="data")
+    max_pairs: Optional[int] = flag(None, "preferences used, at most", "[1, inf)", stage="data")
+    held_out: float = flag(
+        0.1, "share of prompts held out, unless the data have a test split", "(0, 1)", stage="data")
+    max_prompt_tokens: int = flag(
+        1024, "longer prompts lose old turns, or their start", "[1, inf)", toy=64, stage="data")
+    max_response_tokens: int = flag(
+        1024, "longer responses are cut, and then carry no EOS", "[1, inf)", toy=64, stage="data")
+    rendered_text: bool = flag(
+        False, "texts hold the chat template's special tokens: read them as such", stage="data")
     train_on: Literal["last_turn", "all_assistant_turns"] = flag(
         "last_turn", "which turns of `messages` carry the loss", stage="data")
     seed: int = flag(0, "of everything that is drawn", "[0, 4294967295]", stage="data")
-    responses: Optional[str] = flag(None, "label these: rows with prompt, response", stage="samples")
-    prompts: Optional[str] = flag(None, "generate for these: rows with prompt", stage="samples")
-    samples: Optional[str] = flag(None, "train on these: rows with prompt, response, reward",
-                                  stage="samples")
-    reward_model: Optional[str] = flag(None, "sequence classifier: score with it, train none",
-                                       stage="samples")
+    responses: Optional[str] = flag(None, "label these: rows of prompt, response", stage="samples")
+    prompts: Optional[str] = flag(None, "generate for these: rows of prompt", stage="samples")
+    samples: Optional[str] = flag(
+        None, "train on these: rows of prompt, response, reward", stage="samples")
+    reward_model: Optional[str] = flag(
+        None, "sequence classifier: score with it, train none", stage="samples")
     sources: Literal["dataset+generated", "dataset", "generated"] = flag(
         "dataset+generated", "which responses are labelled", stage="samples")
-    samples_per_prompt: int = flag(1, "generated responses a prompt", "[1, inf)", toy=9,
-                                   stage="samples")
+    samples_per_prompt: int = flag(1, "generated responses", "[1, inf)", toy=9, stage="samples")
     temperature: float = flag(1.0, "of all sampling; 0: greedy", "[0, 1000]", stage="samples")
-    top_p: float = flag(1.0, "sample from the smallest set of tokens with this probability",
-                        "[0.000001, 1]", stage="samples")
-    judge: Optional[str] = flag(None, "a reward model that training never asks: its score is `gold`",
-                                stage="evaluation")
-    eval_prompts: int = flag(256, "held-out prompts evaluated on, round and round if there are "
-                             "fewer; 0: none", "[0, inf)", toy=512, stage="evaluation")
-    lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
-                     stage="training")
+    top_p: float = flag(
+        1.0, "nucleus: the fewest tokens this probable together", "[0.000001, 1]", stage="samples")
+    judge: Optional[str] = flag(
+        None, "a reward model that training never sees: it scores `gold`", stage="evaluation")
+    eval_prompts: int = flag(
+        256, "held-out prompts evaluated on, again if there are fewer; 0: none", "[0, inf)",
+        toy=512, stage="evaluation")
+    lr: float = flag(
+        1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]", stage="training")
     epochs: int = flag(1, "passes over the training examples", "[1, inf)", stage="training")
-    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)",
-                                stage="training")
-    batch_size: int = flag(128, "sequences per optimiser step, all ranks together", "[1, inf)",
-                           toy=32, stage="training")
+    steps: Optional[int] = flag(
+        None, "optimiser steps, in place of --epochs", "[1, inf)", stage="training")
+    batch_size: int = flag(
+        128, "sequences per step, all ranks together", "[1, inf)", toy=32, stage="training")
     micro_batch_tokens: Optional[int] = flag(
-        None, "tokens of a forward, the memory knob [CPU: 8,192; GPU: what fits]", "[1, inf)",
-        toy=16384)
+        None, "tokens of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
     slots: Optional[int] = flag(
         None, "responses sampled at a time [CPU: 64; GPU: what fits, at most 512]", "[1, inf)")
     dtype: Literal["auto", "bf16", "fp32"] = flag(
@@ -294,8 +292,9 @@ class Config:
     compile: bool = flag(True, "torch.compile the loss kernels, and on a GPU the model's blocks")
     sharding: Literal["ddp", "fsdp"] = flag(
         "ddp", "fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
-    save_every: Optional[int] = flag(None, "steps between checkpoints, two are kept; 0: none [a "
-                                     "tenth of the run, at most 500]", "[0, inf)")
+    save_every: Optional[int] = flag(
+        None, "steps between checkpoints, two are kept; 0: none [a tenth of the run, at most 500]",
+        "[0, inf)")
     resume: bool = flag(True, "go on from the last checkpoint; --no_resume starts the stage again")
     dist_timeout_minutes: int = flag(10, "how long a rank waits for another", "[1, inf)")
     gradient_checkpointing: bool = flag(
@@ -313,7 +312,11 @@ class Config:
                 inside = (low <= v <= high and (v > low or interval[0] == "[")
                           and (v < high or interval[-1] == "]"))
                 require(inside, f"--{f.name} must lie in {interval}, not {v}")
+        require(self.temperature == 0 or self.temperature >= 1e-3,
+                f"--temperature is 0, for greedy, or at least 0.001, not {self.temperature}")
         hint = "--model: name the base policy's folder or Hub id"
+        require(not (self.samples and self.responses), "--samples are labelled and --responses are "
+                "not: give one of them")
         require(self.toy or self.model, f"--preferences goes with {hint}")
         require(not self.toy or not (self.samples or self.responses or self.prompts),
                 f"--samples, --responses and --prompts go with {hint}")
@@ -353,7 +356,7 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
     names = {a.split("=")[0].removeprefix("--") for a in args if a.startswith("--")}
     for name in names & OTHER_NAMES.keys():
         raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
-    if not names & {"model", "preferences"}:
+    if not names & {"model", "preferences", "help"} and "-h" not in args:  # help names both
         parser.set_defaults(**toy_defaults(kind))
     if "epochs" in names:
         parser.set_defaults(steps=None)  # the toy world's steps would win
@@ -370,6 +373,10 @@ def yaml_flags(path: str) -> list[str]:
     except (OSError, UnicodeError, yaml.YAMLError) as problem:
         raise BadInput(f"--config {path}: {' '.join(str(problem).split())}") from problem
     require(isinstance(flags, dict), f"--config {path}: must hold lines of `flag: value`")
+    for name in map(str, flags):
+        require(name != "config", f"--config {path}: names another file by `config`; give one")
+        require(not name.startswith("no_"), f"--config {path}: in place of `{name}` write "
+                f"`{name[3:]}: false`")
     return [text for name, value in flags.items() if value is not None
             for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
 
@@ -390,10 +397,10 @@ def other_config(kind: type, cfg: Config, training_flags: dict) -> Any:
 
 def compute_dtype(cfg: Config) -> torch.dtype:
     """The dtype of matrix products: bf16 where asked for, or where hardware multiplies in it."""
-    gpu = device().type == "cuda"
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if gpu
-              else torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if cfg.dtype == "bf16" or cfg.dtype == "auto" and native else torch.float32
+    native = (torch.cuda.is_bf16_supported(including_emulation=False)
+              if device().type == "cuda" else torch.cpu._is_avx512_bf16_supported())
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and native
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 # ----------------------------------------------------------------------------------------- stages
@@ -422,16 +429,16 @@ class Cost:
     peak_memory_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        *mine, peak = vars(self).values()
-        *theirs, other_peak = vars(other).values()
-        return Cost(*map(sum, zip(mine, theirs)), max(peak, other_peak))
+        *sums, peak = vars(self).values()
+        *other_sums, other_peak = vars(other).values()
+        return Cost(*map(sum, zip(sums, other_sums)), max(peak, other_peak))
 
     def add_forward(self, model: Any, tokens: int, pairs: int, rows: int, passes: int = 1) -> None:
         """Adds a transformer's call: tokens, pairs of a token and what it attends to, head rows.
 
-        A weight costs 2 FLOPs a token, attention 4 a layer, pair and unit of width; backward twice
-        as much again (passes=3).  The head costs on the rows where it runs, the input embedding is
-        a look-up.  (Kaplan et al. 2020, arXiv 2001.08361, section 2.1.)
+        A weight costs 2 FLOPs a token, attention 4 a layer, pair and unit of width, the head the
+        rows where it runs, the input embedding nothing; with backward it is 3 passes.  (Kaplan et
+        al. 2020, arXiv 2001.08361, section 2.1.)
         """
         body, shape = model.base_model, model.config.get_text_config()
         embedding, head = body.get_input_embeddings().weight, model.get_output_embeddings()
@@ -470,7 +477,7 @@ def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost
         with new_folder(folder, wanted, cfg.resume) as work:
             with track_cost() as cost:
                 more = make(work, cost)
-            gc.collect()  # a sharded model is full of cycles, and the next stage needs the memory
+            gc.collect()  # sharded models are cycles, and the next stage needs the memory
             more = more() if callable(more) else more or {}
             write_record(work / "run.json", wanted, cost, **more)
     record = read_record(folder / "run.json")
@@ -483,9 +490,10 @@ def train_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, sampl
 
     It depends on training flags, base policy and samples, flags of other `stages`, and `more`.
     """
-    names = ("seed", "max_prompt_tokens", "max_response_tokens", "rendered_text", "train_on")
-    wanted = settings(cfg, "training", *stages, **{name: getattr(cfg, name) for name in names},
-                      base=base.fingerprint, samples=samples.fingerprint, **more)
+    wanted = settings(
+        cfg, "training", *stages, seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
+        max_response_tokens=cfg.max_response_tokens, rendered_text=cfg.rendered_text,
+        train_on=cfg.train_on, base=base.fingerprint, samples=samples.fingerprint, **more)
     return build_stage(cfg, algorithm, wanted, functools.partial(train, cfg, base, samples))
 
 
@@ -508,8 +516,9 @@ def content_hash(source: str) -> str:
     require(root.is_file() or root.is_dir(), f"{source}: a pipe or device; give a regular file")
     hashes = []
     for path in [root] if root.is_file() else visible_files(root):
-        size, changed = path.stat().st_size, path.stat().st_mtime_ns
-        hashes.append((str(path.relative_to(root)), hash_file(path, size, changed)))
+        stat = path.stat()
+        hashes.append((str(path.relative_to(root)),
+                       hash_file(path, stat.st_size, stat.st_mtime_ns)))
     return fingerprint(hashes)
 
 
@@ -551,16 +560,15 @@ def read_cost(record: dict) -> Cost:
 
 
 def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
-    """Whether the stage was built with the wanted settings; says so, or which ones changed."""
+    """Whether the stage was built with the wanted settings (of JSON's types); says what changed."""
     finish_interrupted_swap(record.parent)
-    built, wanted = read_record(record).get("settings") or {}, json.loads(json.dumps(wanted))
+    built = read_record(record).get("settings")
     changes = [f"{name} ({built.get(name)} -> {value})" for name, value in wanted.items()
-               if built.get(name) != value]
-    if built and changes:
-        print0(f"{stage}: built again because of {', '.join(changes)}")
-    else:
-        where = f"{os.path.relpath(record.parent)}, from before"
-        print0(f"{stage}: {where if built else 'to be built'}")
+               if built and built.get(name) != value]
+    state = f"{os.path.relpath(record.parent)}, from before" if built else "to be built"
+    if changes:
+        state = f"built again because of {', '.join(changes)}"
+    print0(f"{stage}: {state}")
     return bool(built) and not changes
 
 
@@ -568,12 +576,11 @@ def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
 def new_folder(path: Path, wanted: dict, resume: bool = True) -> Iterator[Path]:
     """Yields a folder beside `path` to write into, and renames it to `path` when all is written.
 
-    An unfinished stage's checkpoints in it are gone on from.  Raises BadInput where they are of
-    other settings: work is deleted only when --no_resume says so.
+    Raises BadInput where it holds checkpoints of other settings: --no_resume alone deletes work.
     """
     work, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    started, asked = read_record(work / "started.json"), json.loads(json.dumps(wanted))
-    changed = [name for name in asked if started.get(name) != asked[name]]
+    started = read_record(work / "started.json")
+    changed = [name for name in wanted if started.get(name) != wanted[name]]
     require(not (resume and changed and any(checkpoints_in(work))), f"{work}: holds checkpoints "
             f"of a run with another {', '.join(changed)}; give that run's flags to go on with it, "
             "--no_resume to start anew, or another --out")
@@ -647,10 +654,9 @@ def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
 # Prompt and response are encoded apart, so that the boundary between them is exact.  How a turn
 # ends is the model's to say: its stop tokens, and what its chat template writes.
 
-GPT2_SPLIT = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after each digit was set apart, as SmolLM2 does: there white space ends at a digit, too.
-DIGITS_SPLIT = (r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
-                r"|\s+(?![^\s\p{N}])|\s+")
+DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍"
          "\U0001f469‍\U0001f467\U0001f3fd \r\nx  7  y   \n 3.14e-10 ½²³ <|endoftext|>user <s></s>"
          "[INST] don't WE'LL I'd   trailing   ", "    def f(x):\n        return x**2  # \t\t!\n\n",
@@ -661,19 +667,24 @@ class Codec:
     """Text to token ids and back for one model: its tokenizer, and how its turns end."""
 
     def __init__(self, folder: str, cfg: Config):
-        """Raises BadInput where the folder or Hub id has no tokenizer that could end a response."""
-        from transformers import AutoTokenizer
+        """Raises BadInput where there is no tokenizer, or none that could end a response."""
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.cfg, self.said = cfg, set()
+        self.cfg, self.said, self.cuts = cfg, set(), 0
+        self.encode = text_encoder(self.tokenizer)
+        self._encode_data = self._rendered if cfg.rendered_text else self.encode
+        self.before, self.before_ids = self._context()
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
-        self.encode = text_encoder(self.tokenizer)
-        self.before, self.before_ids = self._context()
-        self.configs, told = saved_configs(folder), [eos]
-        for t in (getattr(config, "eos_token_id", None) for config in self.configs[::-1]):
-            told += t if isinstance(t, list) else [t]
-        self.stop_ids = list(dict.fromkeys(t for t in told if t is not None))
+        self.configs, ends = [], [eos]
+        for kind in (GenerationConfig, AutoConfig):
+            with contextlib.suppress(OSError, ValueError):
+                config = kind.from_pretrained(folder, trust_remote_code=False)
+                self.configs.append(config)
+                found = getattr(config, "eos_token_id", None)
+                ends += found if isinstance(found, list) else [found]
+        self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
         require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
                 "token, so no response could end")
         self.eos = [self.stop_ids[0] if eos is None else eos]  # ends a response to a text prompt
@@ -683,16 +694,16 @@ class Codec:
         self.check_fits(folder)
 
     def check_fits(self, folder: str, tag: str = "") -> None:
-        """Raises BadInput if the tokenizer has more tokens than the model has embeddings, or prompt,
-        BOS, reward tag and response are longer together than its positions."""
-        cfg, longer = self.cfg, self.bos + self.encode([tag])[0]
-        need = cfg.max_prompt_tokens + cfg.max_response_tokens + len(longer)
+        """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
+        prompt, BOS, reward tag and response."""
+        size, more = len(self.tokenizer), len(self.bos + self.encode([tag])[0])
+        need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + more
         for config in self.configs:
             shape = config.get_text_config() if hasattr(config, "get_text_config") else config
-            rows, most = (getattr(shape, name, None) or math.inf
-                          for name in ("vocab_size", "max_position_embeddings"))
-            require((size := len(self.tokenizer)) <= rows, f"{folder}: the tokenizer has {size:,} "
-                    f"tokens and the model {rows:,} embeddings; resize_token_embeddings first")
+            rows = getattr(shape, "vocab_size", None) or math.inf
+            most = getattr(shape, "max_position_embeddings", None) or math.inf
+            require(size <= rows, f"{folder}: the tokenizer has {size:,} tokens and the model "
+                    f"{rows:,} embeddings; resize_token_embeddings first")
             require(need <= most, f"{folder} reads at most {most} tokens, and prompt, response"
                     f"{', BOS' * bool(self.bos)}{', reward tag' * bool(tag)} may take {need}: "
                     "lower --max_prompt_tokens or --max_response_tokens")
@@ -700,79 +711,77 @@ class Codec:
     def _context(self) -> tuple[str, list[int]]:
         """Text (and its ids) to encode responses after, where a tokenizer marks the first word."""
         for text in ("", "\n", ":"):
-            ids = self.encode([text])[0]
-            after = [self.encode([text + probe])[0] for probe in ("a", "\na")]
-            if all(row[:len(ids)] == ids for row in after):
-                if text or self.encode(["\na"])[0][len(self.encode(["\n"])[0]):] == after[0]:
-                    return text, ids
+            ids, word, line, newline = self.encode([text, text + "a", text + "\na", "\n"])
+            unmarked = text or line[len(newline):] == word
+            if unmarked and all(row[:len(ids)] == ids for row in (word, line)):
+                return text, ids
         return "", []
 
     def _read_turn_end(self, folder: str) -> None:
-        """What the chat template writes after an assistant's turn, and where in it the turn ends."""
+        """What the chat template writes after a reply, and where in it the turn ends."""
         marked = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
         try:
             tail = self.tokenizer.apply_chat_template(marked, tokenize=False).split("\ue001")[-1]
         except Exception:  # a template that needs more than two plain turns
-            tail = ""
-        ids = self._template_ids(tail)
+            return
+        ids, = self._continue(self._rendered, [tail])
         special = {*self.stop_ids, *self.tokenizer.added_tokens_decoder}
-        end = next((i for i, t in enumerate(ids) if t in special), None)
+        end = next((t for t in ids if t in special), None)
         if end is None:
             return
-        self.turn_end, self.turn_tail = ids[:end + 1], ids
-        if ids[end] not in self.stop_ids:
-            token = self.tokenizer.convert_ids_to_tokens(ids[end])
+        self.turn_end, self.turn_tail = ids[:ids.index(end) + 1], ids
+        if end not in self.stop_ids:
+            token = self.tokenizer.convert_ids_to_tokens(end)
             print_once(f"{folder}: its chat template ends a turn with {token}, which neither its "
                        "tokenizer nor its generation_config names as an end: taken as one here")
-            self.stop_ids.append(ids[end])
+            self.stop_ids.append(end)
 
-    def _template_ids(self, text: str) -> list[int]:
-        """Ids of text that a template wrote: special tokens are what they are."""
-        ids = self.tokenizer(self.before + text, add_special_tokens=False)["input_ids"]
-        return ids[len(self.before_ids):] if ids[:len(self.before_ids)] == self.before_ids else \
-            self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _rendered(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that a template wrote: special tokens are what they are."""
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def continuations(self, texts: list[str]) -> list[list[int]]:
+    def _continue(self, encode: Callable, texts: list[str]) -> list[list[int]]:
         """Ids of texts that continue others: no word marker at the start that was not written."""
-        if self.cfg.rendered_text:
-            return [self._template_ids(text) for text in texts]
-        self.notice_special_text(texts)
-        if not self.before:
-            return self.encode(texts)
-        whole, n = self.encode([self.before + text for text in texts]), len(self.before_ids)
-        return [row[n:] if row[:n] == self.before_ids else self.encode([text])[0]
+        whole, n = encode([self.before + text for text in texts]), len(self.before_ids)
+        return [row[n:] if row[:n] == self.before_ids else encode([text])[0]
                 for row, text in zip(whole, texts)]
 
-    def notice_special_text(self, texts: list[str]) -> None:
+    def continuations(self, texts: list[str]) -> list[list[int]]:
+        """Ids of responses, or of other texts of the user's that continue a prompt."""
+        self._notice_special(texts)
+        return self._continue(self._encode_data, texts)
+
+    def _special(self) -> tuple[str, ...]:
+        return tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
+
+    def _notice_special(self, texts: list[str]) -> None:
         """Says once if texts look rendered: they begin or end with the text of a special token."""
-        special = tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
+        if self.cfg.rendered_text or "rendered" in self.said:
+            return
+        special = self._special()
         count = sum(t.startswith(special) or t.rstrip().endswith(special) for t in texts)
-        if special and count and "rendered" not in self.said:
+        if special and count:
             self.said.add("rendered")
-            print0(f"  {count} of {len(texts)} texts begin or end with a special token's text, which "
-                   "is read as plain characters; if a chat template wrote it, give --rendered_text")
+            print0(f"  {count} of {len(texts)} texts begin or end with a special token's text, read"
+                   " as plain characters; if a chat template wrote it, give --rendered_text")
 
     def prompts(self, prompts: list, max_tokens: Optional[int] = None) -> list[list[int]]:
         """Prompts as ids: text after BOS, chat messages through the template up to the reply.
-
-        Longer ones are cut to `max_tokens`: text at its start, chat messages lose oldest turns.
-        """
+        Longer ones are cut to `max_tokens`: text at its start, chat messages lose oldest turns."""
         most = max_tokens or self.cfg.max_prompt_tokens
         plain = [p for p in prompts if isinstance(p, str)]
-        if self.cfg.rendered_text:
-            texts = iter(self.tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])
-        else:
-            self.notice_special_text(plain)
-            texts = iter(self.encode(plain))
-        found, cut = [], 0
+        self._notice_special(plain)
+        encoded, found, cut = iter(self._encode_data(plain)), [], 0
         for prompt in prompts:
-            ids = next(texts) if isinstance(prompt, str) else self.chat(prompt)
+            is_text = isinstance(prompt, str)
+            ids = next(encoded) if is_text else self.chat(prompt)
             if len(ids) > most:
                 cut += 1
-                ids = self._cut_start(ids, most) if isinstance(prompt, str) else \
+                ids = self._cut_start(ids, most) if is_text else \
                     self.chat(self._shorten(prompt, most))
-            there = not isinstance(prompt, str) or ids[:len(self.bos)] == self.bos
-            found.append(ids if there else self.bos + ids)
+            if is_text and ids[:len(self.bos)] != self.bos:
+                ids = self.bos + ids
+            found.append(ids)
         if cut and most not in self.said:
             self.said.add(most)  # PPO encodes prompts at each iteration
             print0(f"  {cut:,} of {len(prompts):,} prompts are longer than {most} tokens and were "
@@ -782,40 +791,58 @@ class Codec:
     def _cut_start(self, ids: list[int], most: int) -> list[int]:
         """The last tokens, from where a character begins."""
         ids = ids[-most:]
-        broken = self.tokenizer.decode(ids)
-        while ids and broken.startswith("\ufffd"):
+        while ids and self.tokenizer.decode(ids).startswith("\ufffd"):
             ids = ids[1:]
-            broken = self.tokenizer.decode(ids)
         return ids
 
     def cut_end(self, ids: list[int], most: int) -> list[int]:
         """The first tokens, up to where a character ends."""
-        cut = ids[:most]
-        while len(cut) > 1 and len(ids) > most and self.tokenizer.decode(cut[-8:]).endswith("\ufffd"):
-            cut = cut[:-1]
-        return cut
+        if len(ids) > most:
+            ids, self.cuts = ids[:most], self.cuts + 1
+            while len(ids) > 1 and self.tokenizer.decode(ids[-8:]).endswith("\ufffd"):
+                ids = ids[:-1]
+        return ids
+
+    def say_cuts(self) -> None:
+        """Says how many responses were cut since the last time."""
+        if self.cuts:
+            print0(f"  {self.cuts:,} responses are longer than {self.cfg.max_response_tokens} tokens"
+                   " and were cut; after them no end is taught")
+        self.cuts = 0
 
     def _shorten(self, messages: list[dict], most: int) -> list[dict]:
-        """The conversation without its oldest turns; the last one, if need be, without its start."""
+        """The conversation without its oldest turns; if need be, the last one without its start."""
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = messages[len(system):]
         while len(turns) > 1 and len(self.chat(system + turns)) > most:
             turns = turns[2 if len(turns) > 2 and turns[1]["role"] == "assistant" else 1:]
         while (over := len(self.chat(system + turns)) - most) > 0:
             content = self.encode([turns[0]["content"]])[0]
-            require(len(content) > over, f"--max_prompt_tokens {most}: too few for the chat template "
+            require(len(content) > over, f"--max_prompt_tokens {most}: too few for the template "
                     "and the system message of a conversation")
             shorter = self.tokenizer.decode(self._cut_start(content, len(content) - over))
             turns = [{**turns[0], "content": shorter}]
         return system + turns
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
-        """Messages through the template, up to where the reply begins if one is to follow;
-        the text of special tokens in a message stays text."""
-        special = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        if any(token in m["content"] for m in messages for token in special):
+        """Messages through the template, up to the reply if one is to follow; the text of special
+        tokens in a message stays text."""
+        self._notice_left_out(messages, reply)
+        if any(token in m["content"] for token in self._special() for m in messages):
             return [t for ids, _ in self._pieces(messages, reply) for t in ids]
         return self._render(messages, add_generation_prompt=reply, return_dict=False)
+
+    def _notice_left_out(self, messages: list[dict], reply: bool) -> None:
+        """Says once if the template passes over messages of a role, as some do with "developer"."""
+        roles = frozenset(m["role"] for m in messages)
+        if roles in self.said:
+            return
+        self.said.add(roles)
+        with contextlib.suppress(BadInput):
+            shown = {i for _, i in self._pieces(messages, reply)}
+            lost = sorted({m["role"] for i, m in enumerate(messages) if i not in shown})
+            if lost:
+                print_once(f"the chat template leaves out messages of {', '.join(lost)}")
 
     def _render(self, messages: list[dict], **more: Any) -> Any:
         require(self.tokenizer.chat_template is not None,
@@ -826,7 +853,8 @@ class Codec:
             raise BadInput("the tokenizer's chat template refuses a conversation: "
                            + " ".join(str(problem).split())[:200]) from problem
 
-    def _pieces(self, messages: list[dict], reply: bool) -> Iterator[tuple[list[int], Optional[int]]]:
+    def _pieces(self, messages: list[dict],
+                reply: bool) -> Iterator[tuple[list[int], Optional[int]]]:
         """(ids, the message they are the content of, or None) of what the template renders."""
         marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
         text = self._render(marked, add_generation_prompt=reply, tokenize=False)
@@ -834,24 +862,23 @@ class Codec:
             if i % 2:
                 yield self.continuations([messages[int(piece)]["content"]])[0], int(piece)
             elif piece:
-                yield self._template_ids(piece), None
+                yield self._continue(self._rendered, [piece])[0], None
 
     def pairs(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
               whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (T,), response mask (T,)) of prompt and response, the response ended as a turn ends
-        unless it is cut off, or longer than --max_response_tokens.
-
-        `whole`: as the template renders the whole conversation, which is what reward models read.
-        """
-        most, broken = self.cfg.max_response_tokens, truncated or [False] * len(responses)
+        """(ids (T,), response mask (T,)) of prompt and response, which ends as a turn does if it
+        is neither cut off nor too long.  `whole`: chats as rendered, for reward models."""
         found = []
         for prompt, response, before, ids, cut in zip(
-                prompts, responses, self.prompts(prompts), self.continuations(responses), broken):
-            end = self.eos if isinstance(prompt, str) else self.turn_tail if whole else self.turn_end
-            ended = ids[-1:] and ids[-1] in self.stop_ids and self.cfg.rendered_text
-            after = self.cut_end(ids if cut or ended else ids + end, most)
+                prompts, responses, self.prompts(prompts), self.continuations(responses),
+                truncated or itertools.repeat(False)):
+            is_chat = not isinstance(prompt, str)
+            end = self.eos if not is_chat else self.turn_tail if whole else self.turn_end
+            if cut or self.cfg.rendered_text and ids and ids[-1] in self.stop_ids:
+                end = []
+            after = self.cut_end(ids + end, self.cfg.max_response_tokens)
             row = before + after
-            if whole and after[len(ids):] == end and not isinstance(prompt, str):
+            if whole and is_chat and end and after[len(ids):] == end:
                 row = self.chat([*self._shorten(prompt, self.cfg.max_prompt_tokens),
                                  {"role": "assistant", "content": response}], reply=False)
             found.append((np.array(row, dtype=np.int32), np.arange(len(row)) >= len(before)))
@@ -862,27 +889,27 @@ class Codec:
         if self.cfg.train_on == "last_turn":
             return self.pairs([s.prompt for s in samples], [s.response for s in samples],
                               [s.truncated for s in samples])
-        return [self.all_turns(s.prompt, s.response, s.truncated) if isinstance(s.prompt, list) else
-                self.pairs([s.prompt], [s.response], [s.truncated])[0] for s in samples]
+        return [self.pairs([s.prompt], [s.response], [s.truncated])[0] if isinstance(s.prompt, str)
+                else self.all_turns(s) for s in samples]
 
-    def all_turns(self, prompt: list[dict], response: str,
-                  truncated: bool) -> tuple[np.ndarray, np.ndarray]:
-        """pairs(), with every assistant turn of the conversation in the mask."""
-        kept, end = self._shorten(prompt, self.cfg.max_prompt_tokens), self.turn_end
-        if kept != prompt:
+    def all_turns(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """pairs() of a chat, with every assistant turn of the conversation in the mask."""
+        kept, end = self._shorten(sample.prompt, self.cfg.max_prompt_tokens), self.turn_end
+        if kept != sample.prompt:
             print_once(f"conversations longer than {self.cfg.max_prompt_tokens} tokens before the "
                        "last turn lose their oldest turns")
-        messages = [*kept, {"role": "assistant", "content": response}]
         ids, mask, ours = [], [], False
-        for piece, message in self._pieces(messages, reply=False):
-            learnt = len(end) if piece[:len(end)] == end else len({*piece[:1]} & {*self.stop_ids})
-            learnt *= ours  # tokens of the piece that end the assistant's turn before it
-            ours = message is not None and messages[message]["role"] == "assistant"
-            if message == len(kept):
-                break
+        for piece, message in self._pieces(kept, reply=True):
+            learnt = 0  # tokens of the piece that end the assistant's turn before it
+            if ours and piece[:len(end)] == end:
+                learnt = len(end)
+            elif ours and piece:
+                learnt = int(piece[0] in self.stop_ids)
+            ours = message is not None and kept[message]["role"] == "assistant"
             mask += [ours or i < learnt for i in range(len(piece))]
             ids += piece
-        last = self.cut_end(piece if truncated else piece + end, self.cfg.max_response_tokens)
+        last = self.continuations([sample.response])[0] + end * (not sample.truncated)
+        last = self.cut_end(last, self.cfg.max_response_tokens)
         return np.array(ids + last, dtype=np.int32), np.array(mask + [True] * len(last))
 
     def decode(self, response: Response) -> str:
@@ -895,23 +922,12 @@ class Codec:
         return text[len(start):] if text.startswith(start) else self.tokenizer.decode(ids)
 
 
-def saved_configs(folder: str) -> list:
-    """A model's config and generation config: those that there are."""
-    from transformers import AutoConfig, GenerationConfig
-    found = []
-    for kind, more in ((AutoConfig, {"trust_remote_code": False}), (GenerationConfig, {})):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(kind.from_pretrained(folder, **more))
-    return found
-
-
 @contextlib.contextmanager
 def load_errors(name: str, what: str) -> Iterator[None]:
     """transformers' own errors on a folder or Hub id, as one sentence."""
-    folder = Path(name)
-    require(not (folder / "adapter_config.json").exists(),
+    require(not Path(name, "adapter_config.json").exists(),
             f"{name}: a LoRA adapter; merge it into its base model first (peft: merge_and_unload)")
-    for file in folder.glob("*.safetensors") if folder.is_dir() else ():
+    for file in Path(name).glob("*.safetensors"):
         with open(file, "rb") as f:
             require(not f.read(20).startswith(b"version https://git"),
                     f"{file}: a git-lfs pointer, not weights; run git lfs pull")
@@ -930,14 +946,14 @@ def load_errors(name: str, what: str) -> Iterator[None]:
 @functools.lru_cache(maxsize=8)
 def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     """The encoder of plain texts, special tokens' text as text: tiktoken's if it proves equal to
-    the tokenizer's own on its whole vocabulary and on hard text, else the tokenizer's."""
+    the tokenizer's own on the whole vocabulary and on hard text, else that one."""
     def own(texts: list[str]) -> list[list[int]]:
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True,
                          verbose=False)["input_ids"] if texts else []
     try:
         fast = tiktoken_encoder(tokenizer, own)
         words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        probe = [*PROBE, *map(tokenizer.convert_tokens_to_string, ([w] for w in words if w)),
+        probe = [*PROBE, *(tokenizer.convert_tokens_to_string([word]) for word in words if word),
                  " ".join(t.content for t in tokenizer.added_tokens_decoder.values())]
         return fast if fast(probe) == own(probe) else own
     except (AttributeError, KeyError, ValueError, IndexError, TypeError):
@@ -946,46 +962,40 @@ def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
 
 def tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], list[list[int]]]:
     """tiktoken's encoder from a byte-level BPE's merges.  Raises ValueError for other kinds.
-
-    Texts with a byte that the vocabulary lacks, or with a word that no merge makes (Llama 3 has
-    some), are left to own().
-    """
+    Texts with a byte that the vocabulary lacks or a word that no merge makes are left to own()."""
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = spec["pre_tokenizer"].get("pretokenizers", [spec["pre_tokenizer"]])
-    kinds = [s["type"] for s in steps]
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"]:
-        pattern = GPT2_SPLIT
-    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
-        pattern = DIGITS_SPLIT
-    elif (kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated"
-          and not steps[1]["use_regex"]):
-        pattern = steps[0]["pattern"]["Regex"]
-    else:
-        raise ValueError(f"pre-tokenizer {kinds}")
-    if spec["normalizer"] not in (None, {"type": "NFC"}) or any(s.get("add_prefix_space")
-                                                                for s in steps):
-        raise ValueError("normalizer")
+    model, splitter = spec["model"], spec["pre_tokenizer"]
+    match splitter.get("pretokenizers", [splitter]):
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            pattern = GPT2_SPLIT
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
+            pattern = DIGITS_SPLIT
+        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}},
+              {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
+            pass
+        case _:
+            raise ValueError("another pre-tokenizer")
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        raise ValueError("another normalizer")
     character = bytes_to_unicode()
     byte = {c: b for b, c in character.items()}
-    tokens = [bytes([b]) for b in range(256)]
-    for merge in spec["model"]["merges"]:
-        left, right = merge if isinstance(merge, list) else merge.split(" ")
-        tokens.append(bytes(byte[c] for c in left + right))
-    vocabulary = spec["model"]["vocab"]
-    merged = len(set(tokens))
-    if spec["model"].get("ignore_merges"):  # a whole word that is in the vocabulary is one token
-        tokens += [bytes(byte[c] for c in word) for word in vocabulary if all(c in byte for c in word)]
-    ranks: dict[bytes, int] = {}
-    for token in tokens:  # tiktoken merges by rank: the order of the merges, whatever the ids
-        ranks.setdefault(token, len(ranks))
-    ids = [vocabulary.get("".join(character[b] for b in token)) for token in ranks]
-    encoding = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    words = [character[b] for b in range(256)]
+    words += ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+              for merge in model["merges"]]
+    merged = len(set(words))
+    if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
+        words += [word for word in model["vocab"] if all(c in byte for c in word)]
+    words = list(dict.fromkeys(words))  # tiktoken merges by rank: the order of the merges
+    ranks = {bytes(byte[c] for c in word): rank for rank, word in enumerate(words)}
+    ids = [model["vocab"].get(word) for word in words]
+    fast = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
 
     def encode(texts: list[str]) -> list[list[int]]:
-        found = [encoding.encode_ordinary(normal(text)) for text in texts]
+        found = [fast.encode_ordinary(normal(text)) for text in texts]
         return [own([text])[0] if any(t >= merged or ids[t] is None for t in row)
                 else [ids[t] for t in row] for text, row in zip(texts, found)]
     return encode
@@ -1000,10 +1010,10 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
          **{role: role for role in ("system", "developer", "user", "assistant", "tool")}}
 PROMPT_COLUMNS = {"prompt", "instruction", "input", "system", "conversations"}
 PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
-SAMPLE_COLUMNS = PROMPT_COLUMNS | {"messages", "conversations", "response", "completion", "output",
-                                   "reward", "label", "weight", "truncated", "source"}
-UNREADABLE = {"history", "tools", "functions", "tool_calls", "image", "images", "audio", "video"}
-TEST_SPLIT = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)"
+SAMPLE_COLUMNS = PROMPT_COLUMNS | {"messages", "response", "completion", "output", "reward",
+                                   "label", "weight", "truncated", "source"}
+DATASETS_OWN = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+UNREADABLE = ("history", "tools", "functions", "tool_calls", "image", "images", "audio", "video")
 
 
 class Ranking(NamedTuple):
@@ -1023,34 +1033,33 @@ class Sample(NamedTuple):
 
 
 def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
-    """(file or split, "file, line 7", row) of a file, a folder or a Hub data set.
-
-    .jsonl and .jsonl.gz are read here, all else by `datasets`, an optional package.
-    """
-    path = Path(source)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", source) and \
-            not re.search(r"\.(jsonl?|ndjson|gz|parquet|csv)$", source.lower()):
-        owner, name, *part = source.split("/", 2)
-        yield from read_with_datasets(source, f"{owner}/{name}", data_dir=part[0] if part else None)
+    """(file or split, "file, line 7", row) of a file, a folder or a Hub data set: .jsonl and
+    .jsonl.gz are read here, all else by `datasets`, an optional package."""
+    path, others = Path(source), (".json", ".parquet", ".csv")
+    if not path.exists():
+        hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
+        require(hub and path.suffix.lower() not in (*others, ".jsonl", ".ndjson", ".gz"),
+                f"{source}: no such file, folder or Hub data set")
+        yield from read_with_datasets(source, hub[1], data_dir=hub[2])
         return
-    require(path.exists(), f"{source}: no such file, folder or Hub data set")
     require(path.is_file() or path.is_dir(), f"{source}: a pipe or device; give a regular file")
-    files = visible_files(path) if path.is_dir() else [path]
-    kinds = {file: next((kind for ending, kind in (
-        (".jsonl", "jsonl"), (".jsonl.gz", "jsonl"), (".ndjson", "jsonl"), (".json.gz", "jsonl"),
-        (".json", "json"), (".parquet", "parquet"), (".csv", "csv"))
-        if file.name.lower().endswith(ending)), "jsonl" if path.is_file() else None) for file in files}
-    rest = [str(file.relative_to(path)) for file in files if not kinds[file]]
-    if rest:
-        print0(f"  {source}: not read: {', '.join(rest[:9])}{' …' * (len(rest) > 9)}")
-    require(any(kinds.values()), f"{source}: no .jsonl, .json, .parquet or .csv file in this folder")
-    for file, kind in kinds.items():
-        part = str(file.relative_to(path)) if path.is_dir() else file.name
-        if kind == "jsonl":
+    root, files = (path, visible_files(path)) if path.is_dir() else (path.parent, [path])
+    skipped = []
+    for file in files:
+        part, ending = str(file.relative_to(root)), file.suffix.lower()
+        if ending in others and file.name not in DATASETS_OWN:
+            text = {"keep_default_na": False, "na_values": [""]} if ending == ".csv" else {}
+            for _, place, row in read_with_datasets(  # a reply in a .csv may be "None"
+                    str(file), ending[1:], data_files=str(file), **text):
+                yield part, place, row
+        elif file == path or re.search(r"\.(jsonl|ndjson|jsonl?\.gz)$", file.name.lower()):
             yield from ((part, place, row) for place, row in read_jsonl(file))
-        elif kind:
-            rows = read_with_datasets(str(file), kind, data_files=str(file))
-            yield from ((part, place, row) for _, place, row in rows)
+        else:
+            skipped.append(part)
+    if skipped:
+        print0(f"  {source}: not read: {', '.join(skipped[:9])}{' …' * (len(skipped) > 9)}")
+    require(len(skipped) < len(files),
+            f"{source}: no .jsonl, .json, .parquet or .csv file in this folder")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -1072,7 +1081,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     except (ValueError, RecursionError) as problem:
         raise BadInput(f"{path}, line {number}: not JSON ({problem})") from problem
     except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise BadInput(f"{path}, after line {number}: the gzip file is broken ({problem})") from problem
+        raise BadInput(f"{path}, after line {number}: the gzip file is broken "
+                       f"({problem})") from problem
 
 
 def read_with_datasets(source: str, kind: str, **more: Any) -> Iterator[tuple[str, str, dict]]:
@@ -1082,31 +1092,28 @@ def read_with_datasets(source: str, kind: str, **more: Any) -> Iterator[tuple[st
     except ImportError as problem:
         raise BadInput(f"{source}: needs the datasets package: pip install datasets") from problem
     try:
-        splits = datasets.load_dataset(kind, **more)
-        for split, rows in splits.items():
+        for split, rows in datasets.load_dataset(kind, **more).items():
             for number, row in enumerate(rows, 1):
                 yield split, f"{source}, {split} row {number}", row
-    except BadInput:
-        raise
     except Exception as problem:  # of datasets, pyarrow, pandas, fsspec and the Hub's client
         why = " ".join(str(problem.__cause__ or problem).split())[:200]
         raise BadInput(f"{source}: datasets cannot read it ({why})") from problem
 
 
 def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any]:
-    """parse(part, place, row, notes) of each row; a text in place of a result is the reason why
-    the row is left out.  Says at the end how many rows were used, and what was not read."""
-    total, used, reasons, unread, notes = 0, 0, Counter(), set(), Counter()
-    for part, place, row in read_source(source):
+    """parse(part, place, row, notes) of each row; a text is the reason why the row is left out.
+    Says at the end how many rows were used, and what was not read."""
+    asks, unread, left, notes = {"prompt", "instruction"}, set(), Counter(), Counter()
+    total = 0
+    for part, place, given in read_source(source):
         total += 1
-        unread |= row.keys() - columns
-        bad = [name for name in UNREADABLE if row.get(name)]
-        require(not bad, f"{place}: the field {(bad or [''])[0]!r} bears on the text and cannot be "
-                "read here")
-        null = {name for name, value in row.items() if value is None} & columns
-        row = {name: value for name, value in row.items() if value is not None}
+        unread |= given.keys() - columns
+        row = {name: value for name, value in given.items() if value is not None}
+        null = (given.keys() - row.keys()) & columns
+        for name in UNREADABLE:
+            require(not row.get(name), f"{place}: the field {name!r} bears on the text and cannot "
+                    "be read here")
         try:
-            asks = {"prompt", "instruction"}
             found = "with a null field" if asks & null and not asks & row.keys() else \
                 parse(part, place, row, notes)
         except BadInput as problem:
@@ -1114,14 +1121,16 @@ def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any
                 raise
             found = "with a null field"
         if isinstance(found, str):
-            reasons[found] += 1
+            left[found] += 1
         else:
-            used += 1
             yield found
-    left = ", ".join(f"{count:,} {why}" for why, count in reasons.items())
-    said = "".join(f"; {count:,} {what}" for what, count in notes.items() if count)
-    print0(f"  {source}: {used:,} of {total:,} rows used" + (f"; left out: {left}" if left else "")
-           + said + (f"; columns not read: {', '.join(sorted(unread))}" if unread else ""))
+    said = [f"{total - sum(left.values()):,} of {total:,} rows used"]
+    if left:
+        said.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
+    said += [f"{count:,} {what}" for what, count in notes.items() if count]
+    if unread:
+        said.append("columns not read: " + ", ".join(sorted(unread)))
+    print0(f"  {source}: {'; '.join(said)}")
 
 
 def text_of(place: str, row: dict, name: str, kinds: tuple = (str,), what: str = "text") -> Any:
@@ -1134,13 +1143,12 @@ def text_of(place: str, row: dict, name: str, kinds: tuple = (str,), what: str =
 
 def number_of(place: str, row: dict, name: str) -> float:
     """row[name] as a finite number, also where it is written as text."""
-    value = text_of(place, row, name, (int, float, str), "a number")
-    try:
-        value = float(value)
-    except (ValueError, OverflowError):
-        value = math.nan if isinstance(value, str) else math.inf
-    require(not math.isnan(value) or not isinstance(row[name], str),
-            f"{place}: the field {name!r} must be a number, found {row[name]!r}")
+    given = text_of(place, row, name, (int, float, str), "a number")
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = float(str(given))  # an integer beyond all floats becomes inf
+    require(isinstance(given, float) or not math.isnan(value),
+            f"{place}: the field {name!r} must be a number, found {given!r}")
     require(abs(value) < 1e300, f"{place}: the field {name!r} must be finite, found {value}")
     return value
 
@@ -1154,25 +1162,32 @@ def messages_of(place: str, name: str, value: Any) -> list[dict]:
         if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
                                              and isinstance(p.get("text"), str) for p in content):
             content = "".join(p["text"] for p in content)
-        if isinstance(content, str) and isinstance(role, str) and role in ROLES and not any(
-                map(m.get, (*UNREADABLE, "function_call", "reasoning_content", "thinking"))):
+        more = any(map(m.get, (*UNREADABLE, "function_call", "reasoning_content", "reasoning",
+                               "thinking")))
+        if isinstance(content, str) and str(role) in ROLES and not more:
             found.append({"role": ROLES[role], "content": content})
-    require(found and len(found) == len(value), f'{place}: the field {name!r} must be text or a list '
-            'of {"role", "content"} messages of text; tool calls, thoughts and images are not read')
+    require(found and len(found) == len(value), f'{place}: the field {name!r} must be text or a '
+            'list of {"role", "content"} messages of text; tool calls, thoughts and images are not '
+            'read')
     return found
 
 
+def as_messages(prompt: Any) -> list[dict]:
+    """A prompt as chat messages: text is the user's."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
 def prompt_of(place: str, row: dict) -> Any:
-    """A row's prompt, text or messages: `prompt`; OpenRLHF's `input`; Alpaca's `instruction` and
-    `input`, as a user's message; a `system` message goes before."""
+    """A row's prompt, text or messages: `prompt`, OpenRLHF's `input`, Alpaca's `instruction` and
+    `input` as a user's message; a `system` message goes before."""
     if "instruction" in row:
         parts = [text_of(place, row, n) for n in ("instruction", "input") if row.get(n)]
-        prompt: Any = [{"role": "user", "content": "\n\n".join(parts)}]
-        require(parts and "prompt" not in row, f"{place}: the field 'instruction' must be text, and "
-                "stand without 'prompt'")
+        require(parts and "prompt" not in row,
+                f"{place}: the field 'instruction' must be text, and stand without 'prompt'")
+        prompt = as_messages("\n\n".join(parts))
     else:
-        name = next((n for n in ("prompt", "input", "conversations", "messages")
-                     if n in row), "prompt")
+        names = ("prompt", "input", "conversations", "messages")
+        name = next((n for n in names if n in row), "prompt")
         require(name != "prompt" or not row.get("input"),
                 f"{place}: the fields 'prompt' and 'input' stand side by side; give one")
         prompt = text_of(place, row, name, (str, list), "text or chat messages")
@@ -1180,37 +1195,44 @@ def prompt_of(place: str, row: dict) -> Any:
                 f"{place}: the field {name!r} is empty")
         prompt = messages_of(place, name, prompt) if isinstance(prompt, list) else prompt
     if row.get("system"):
-        before = [{"role": "system", "content": text_of(place, row, "system")}]
-        prompt = before + ([{"role": "user", "content": prompt}] if isinstance(prompt, str)
-                           else prompt)
+        before, prompt = [{"role": "system", "content": text_of(place, row, "system")}], \
+            as_messages(prompt)
+        return prompt if prompt[:1] == before else before + prompt
     return prompt
+
+
+def conversation_of(place: str, row: dict) -> Optional[list[dict]]:
+    """A row's `messages` or `conversations` after its `system` message, or None."""
+    name = next((name for name in ("messages", "conversations") if name in row), None)
+    return name and prompt_of(place, {"prompt": messages_of(place, name, row[name]),
+                                      "system": row.get("system")})
 
 
 def sample_of(place: str, row: dict) -> Sample | str:
     """A row as a sample without its reward, from any tool's names; or why there is none in it."""
-    whole = next((name for name in ("messages", "conversations") if name in row), None)
-    if whole:
-        before = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        messages = before + messages_of(place, whole, row[whole])
+    messages = conversation_of(place, row)
+    name = next((n for n in ("response", "completion", "output") if n in row), "response")
+    if messages and (name not in row or messages[-1]["role"] == "assistant"):
+        require(row.get(name) in (None, messages[-1]["content"]), f"{place}: a conversation that "
+                f"ends with a reply and the field {name!r} stand side by side; give one")
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             return "conversations that do not end with the assistant"
         prompt, response = messages[:-1], messages[-1]["content"]
     else:
-        name = next((n for n in ("response", "completion", "output") if n in row), "response")
-        prompt, response = prompt_of(place, row), text_of(place, row, name, (str, list))
+        prompt = messages or prompt_of(place, row)
+        response = text_of(place, row, name, (str, list))
         if isinstance(response, list):
             reply = messages_of(place, name, response)
-            require(len(reply) == 1, f"{place}: the field {name!r} must be one message, found "
-                    f"{len(reply)}")
+            require(len(reply) == 1,
+                    f"{place}: the field {name!r} must be one message, found {len(reply)}")
             response = reply[0]["content"]
-    cut = row.get("truncated", False)
-    known = {True: True, False: False, "true": True, "false": False, "1": True, "0": False, "": False}
-    cut = known.get(cut.lower() if isinstance(cut, str) else cut if isinstance(cut, int) else None)
-    require(cut is not None, f"{place}: the field 'truncated' must be true or false, found "
-            f"{row.get('truncated')!r}")
+    cut = str(row.get("truncated", False)).lower()
+    require(cut in ("true", "1", "1.0", "false", "0", "0.0", ""),
+            f"{place}: the field 'truncated' must be true or false, found {row.get('truncated')!r}")
     weight = number_of(place, row, "weight") if "weight" in row else math.nan
     require(not weight < 0, f"{place}: the field 'weight' must not be below 0, found {weight}")
-    return Sample(prompt, response, math.nan, str(row.get("source", "given")), cut, weight)
+    return Sample(prompt, response, source=str(row.get("source", "given")),
+                  truncated=cut in ("true", "1", "1.0"), weight=weight)
 
 
 def labelled_sample_of(place: str, row: dict) -> Sample | str:
@@ -1218,52 +1240,53 @@ def labelled_sample_of(place: str, row: dict) -> Sample | str:
     sample = sample_of(place, row)
     if isinstance(sample, str):
         return sample
-    if "reward" not in row and isinstance(row.get("label"), (bool, int)):
-        return sample._replace(reward=float(row["label"]))
-    require(not isinstance(row.get("reward"), bool),
-            f"{place}: the field 'reward' must be a number, found bool")
+    if "reward" not in row and "label" in row:
+        row = {"reward": int(row["label"]) if isinstance(row["label"], bool) else row["label"]}
+    if "reward" not in row and "weight" in row:
+        return sample  # rwr.py --weights given asks for no more
     return sample._replace(reward=number_of(place, row, "reward"))
 
 
 def side_of(place: str, row: dict, name: str) -> Optional[tuple[Any, str]]:
     """One side of a preference as (prompt, response); None if it ends with the human.
-
-    Without a `prompt` it must be a whole conversation.
-    """
+    Without a `prompt` it must be a whole conversation."""
     value = text_of(place, row, name, (str, list, dict), "text or chat messages")
     given = prompt_of(place, row) if row.keys() & PROMPT_COLUMNS else None
     if isinstance(value, str):
-        if given is not None:
+        whole = value.startswith("\n\nHuman:") and TURN in value
+        if given is not None and not (whole and isinstance(given, str) and TURN not in given):
             return given, value
         start, turn, response = value.rpartition(TURN)
-        require(turn, f"{place}: the field {name!r} has no {TURN!r}: without a `prompt` it must be a "
-                "transcript")
+        require(turn, f"{place}: the field {name!r} has no {TURN!r}: without a `prompt` it must be "
+                "a transcript")
         require(start.strip(), f"{place}: the prompt of {name!r} is empty")
         return None if "\n\nHuman:" in response else (start + turn, response)
     value = messages_of(place, name, [value] if isinstance(value, dict) else value)
-    if value[-1]["role"] != "assistant":
+    *before, reply = value
+    if reply["role"] != "assistant":
         return None
-    if len(value) == 1:  # a reply alone
-        require(given is not None, f"{place}: the field {name!r} is a reply to nothing: the field "
-                "'prompt' is missing")
-        return given, value[0]["content"]
+    require(before or given is not None, f"{place}: the field {name!r} is a reply to nothing: the "
+            "field 'prompt' is missing")
+    if not before:
+        return given, reply["content"]
     if given is not None:  # the prompt once, whether the side repeats it or goes on from it
-        given = given if isinstance(given, list) else [{"role": "user", "content": given}]
+        given = as_messages(given)
         asked = [m["content"].strip() for m in given if m["role"] != "system"]
         said = [m["content"].strip() for m in value]
-        there = any(said[i:i + len(asked)] == asked for i in range(len(said)))
-        require(there or value[0]["role"] != given[-1]["role"],
+        repeated = any(said[i:i + len(asked)] == asked for i in range(len(said)))
+        require(repeated or value[0]["role"] != given[-1]["role"],
                 f"{place}: the field {name!r} is a conversation without the row's prompt in it")
-        value = [m for m in given if not there or m["role"] == "system" and m not in value] + value
-    return value[:-1], value[-1]["content"]
+        before = [m for m in given if not repeated
+                  or m["role"] == "system" and m not in value] + before
+    return before, reply["content"]
 
 
 def ranking_of(part: str, place: str, row: dict, notes: Counter) -> Ranking | str:
     """A row's preference, or why it is none."""
     if "ranked" in row:
         prompt, ranked = prompt_of(place, row), row["ranked"]
-        require(isinstance(ranked, list) and len(ranked) > 1 and all(isinstance(t, str)
-                                                                     for t in ranked),
+        require(isinstance(ranked, list) and len(ranked) > 1
+                and all(isinstance(text, str) for text in ranked),
                 f"{place}: the field 'ranked' must be a list of two texts or more, best first")
         said = tuple(text for text in ranked if text.strip())
         notes["blank responses in `ranked` left out"] += len(ranked) - len(said)
@@ -1286,32 +1309,33 @@ def ranking_of(part: str, place: str, row: dict, notes: Counter) -> Ranking | st
 @functools.lru_cache(maxsize=2)
 def read_preferences(source: str, share: float, seed: int,
                      most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
-    """Preferences for training and held out, split by prompt.
-
-    Files, folders and splits named test, val, valid, validation, eval or evaluation are held out;
-    where there are none, or nothing else, prompts are held out by hash and seed.
-    """
-    found = list(parsed_rows(source, PREFERENCE_COLUMNS, lambda part, *rest: (
-        (part, result) if isinstance(result := ranking_of(part, *rest), Ranking) else result)))
+    """Preferences for training and held out, split by prompt: the files, folders and splits that
+    `named` matches are held out, or else, or if all are, prompts by hash and seed."""
+    def parse(part: str, place: str, row: dict, notes: Counter) -> Any:
+        found = ranking_of(part, place, row, notes)
+        return found if isinstance(found, str) else (part, found)
+    found = list(parsed_rows(source, PREFERENCE_COLUMNS, parse))
     require(found, f"{source}: no usable preference")
-    is_test = {part: bool(re.search(TEST_SPLIT, part)) for part, _ in found}
-    split = any(is_test.values()) and not all(is_test.values())
-    train, test = [], []
+    named = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)"
+    is_test = {part: bool(re.search(named, part)) for part, _ in found}
+    by_name = len({*is_test.values()}) == 2
+    test, rest = [], []
     for part, ranking in found:
-        hidden = is_test[part] if split else is_held_out(ranking.prompt, share, seed)
-        (test if hidden else train).append(ranking)
-    seen = {prompt_key(p.prompt) for p in test}
-    kept = [p for p in train if prompt_key(p.prompt) not in seen]
-    require(kept, f"{source}: no preference is left to train on")
+        held_out = is_test[part] if by_name else is_held_out(ranking.prompt, share, seed)
+        (test if held_out else rest).append(ranking)
+    hidden = {prompt_key(p.prompt) for p in test}
+    train = [p for p in rest if prompt_key(p.prompt) not in hidden]
+    require(train, f"{source}: no preference is left to train on")
     require(test, f"{source}: no preference is held out; give more data or a larger --held_out")
     order = random.Random(seed)
-    order.shuffle(kept)
+    order.shuffle(train)
     order.shuffle(test)
-    leaked = len(train) - len(kept)
-    print0(f"  {len(kept[:most]):,} preferences to train on, {len(test):,} held out, split by prompt"
-           + (f"; {leaked:,} left out as their prompt is held out" if leaked else "")
-           + (f"; {len(kept) - most:,} left out by --max_pairs" if most and len(kept) > most else ""))
-    return kept[:most], test
+    used = train[:most]
+    left = {"as their prompt is held out": len(rest) - len(train),
+            "by --max_pairs": len(train) - len(used)}
+    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt"
+           + "".join(f"; {count:,} left out {why}" for why, count in left.items() if count))
+    return used, test
 
 
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
@@ -1327,7 +1351,8 @@ def prompt_key(prompt: Any) -> str:
 
 def prompt_hash(prompt: Any) -> int:
     """64 bits that identify a prompt, where its text would take too much memory."""
-    return int.from_bytes(hashlib.blake2b(prompt_key(prompt).encode(), digest_size=8).digest(), "big")
+    digest = hashlib.blake2b(prompt_key(prompt).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def is_held_out(prompt: Any, share: float, seed: int) -> bool:
@@ -1342,9 +1367,10 @@ def read_prompts(source: str) -> list:
         if "chosen" in row:
             side = side_of(place, row, "chosen")
             return side[:1] if side else "ending with the human"
-        prompt = prompt_of(place, row)
-        return (prompt[:-1] if len(prompt) > 1 and isinstance(prompt, list)
-                and prompt[-1]["role"] == "assistant" else prompt,)
+        prompt = conversation_of(place, row) or prompt_of(place, row)
+        if isinstance(prompt, list) and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+        return (prompt,)  # a text would be a reason to leave the row out
     columns = PREFERENCE_COLUMNS | SAMPLE_COLUMNS
     return list({prompt_key(p): p for p, in parsed_rows(source, columns, parse)}.values())
 
@@ -1359,7 +1385,7 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
         rankings = load_preferences(cfg)[held_out]
         found = list({prompt_key(r.prompt): r.prompt for r in rankings}.values())
     require(found or held_out and not cfg.eval_prompts, f"{source}: too few prompts to hold any "
-            "out; give more or a larger --held_out, or --prompts to evaluate on, or --eval_prompts 0")
+            "out; give more, a larger --held_out, --prompts to evaluate on, or --eval_prompts 0")
     return found
 
 
@@ -1369,12 +1395,9 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
 
 
 class Example(NamedTuple):
-    """A sequence's ids (T,) int32, its response mask (T,) bool, and what its tokens weigh.
-
-    `columns` are numbers that each have one for each response token.
-    """
-    ids: np.ndarray
-    mask: np.ndarray
+    """A sequence, and what a loss needs beside: `columns` hold a number for each response token."""
+    ids: np.ndarray   # (T,) int32
+    mask: np.ndarray  # (T,) bool, the response mask
     weight: float = 1.0
     columns: tuple = ()
 
@@ -1386,21 +1409,22 @@ class Tokens:
         """Rank 0 writes the (ids, mask) of sequences(); all ranks open what it wrote."""
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            lengths, starts = [0], []
+            lengths, starts = [], []
             with open(folder / "ids", "wb") as ids_file, open(folder / "mask", "wb") as mask_file:
                 for ids, mask in sequences():
-                    ids_file.write(ids.astype(np.int32).tobytes())
-                    mask_file.write(mask.astype(bool).tobytes())
+                    ids_file.write(ids.astype(np.int32))
+                    mask_file.write(mask.astype(bool))
                     lengths.append(len(ids))
-                    starts.append((int(mask.argmax()) if mask.any() else len(ids), int(mask.sum())))
-            np.save(folder / "offsets.npy", np.cumsum(lengths, dtype=np.int64))
+                    last = len(mask) - int(np.append(~mask.astype(bool)[::-1], True).argmax())
+                    starts.append((last, int(mask.sum())))  # before the last response; learnt
+            np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
             np.save(folder / "starts.npy", np.array(starts, dtype=np.int32))
         barrier()
         self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
         self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
-        self.offsets = np.load(folder / "offsets.npy")                          # (n + 1,)
+        self.offsets = np.load(folder / "offsets.npy")                                  # (n + 1,)
+        self.lengths = np.diff(self.offsets)                                            # (n,)
         self.prompt_lengths, self.response_tokens = np.load(folder / "starts.npy").T    # (n,) each
-        self.lengths = np.diff(self.offsets)                                    # (n,)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         span = slice(self.offsets[i], self.offsets[i + 1])
@@ -1441,7 +1465,7 @@ class MicroBatch:
     rows: torch.Tensor           # (N,) int64, the positions that predict a response token
     targets: torch.Tensor        # (N,) int64, those tokens
     weight: torch.Tensor         # (N,) float32, their sequences' weights
-    columns: list[torch.Tensor]  # of (N,) float32
+    columns: list[torch.Tensor]  # (N,) float32 each, of Example.columns: PPO's alone
 
 
 @dataclass
@@ -1453,38 +1477,38 @@ class Batch:
     normaliser: float   # sum of weight * response tokens over all ranks, / ranks: DDP averages
 
 
-def make_batch(lengths: list[int], tokens: Any, weights: Any, cfg: Config,
+def make_batch(lengths: list[int], response_tokens: Any, weights: Any, cfg: Config,
                read: Callable[[int], Example]) -> Batch:
-    """A step over examples of these lengths and response tokens; this rank reads its own alone."""
+    """A step over examples of these lengths, numbers of response tokens, and weights; read(i) is
+    called for this rank's share alone."""
     shares = shard_micro_batches(lengths, cfg.micro_batch_tokens or 8192)
-    micros = [collate([read(i) for i in share] or [empty_example(read(0))]) for share in shares]
-    total = float(np.dot(np.asarray(weights, dtype=np.float64), tokens))
-    return Batch(micros, [lengths[i] for share in shares for i in share], int(np.sum(tokens)),
+    micros = [collate([read(i) for i in share or [0]], learnt=bool(share)) for share in shares]
+    total = float(np.dot(weights, response_tokens))
+    return Batch(micros, [lengths[i] for share in shares for i in share],
+                 int(np.sum(response_tokens)),
                  (total if total > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
 
 
-def empty_example(example: Example) -> Example:
-    """The example, nothing of it learnt: a rank without work takes part in a step with it."""
-    return example._replace(mask=np.zeros_like(example.mask), columns=((),) * len(example.columns))
-
-
-def collate(examples: list[Example]) -> MicroBatch:
-    """Examples as packed tensors."""
+def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
+    """Examples as packed tensors.  Without `learnt` N = 0: a rank that has run out of micro-batches
+    still joins every forward, as the others' collectives wait for it."""
     ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))      # (T,)
     mask = np.concatenate([np.append(e.mask[1:], False) for e in examples])  # t predicts t + 1
-    rows = torch.from_numpy(mask.nonzero()[0])                                              # (N,)
+    rows = torch.from_numpy((mask & learnt).nonzero()[0])                                   # (N,)
     weight = np.repeat([e.weight for e in examples], [e.mask[1:].sum() for e in examples])
-    columns = [np.concatenate(column) for column in zip(*(e.columns for e in examples))]
-    ids_, rows_, targets, weight_, *rest = (t.to(device(), non_blocking=True) for t in (
-        ids, rows, ids[rows + 1], *(torch.as_tensor(c, dtype=torch.float32)
-                                    for c in (weight, *columns))))
-    return MicroBatch(ids_, [len(e.ids) for e in examples], rows_, targets, weight_, rest)
+    columns = [weight, *map(np.concatenate, zip(*(e.columns for e in examples)))]
+    ids, rows, targets, weight, *columns = (t.to(device(), non_blocking=True) for t in (
+        ids, rows, ids[rows + 1],
+        *(torch.as_tensor(c, dtype=torch.float32)[:len(rows)] for c in columns)))
+    return MicroBatch(ids, [len(e.ids) for e in examples], rows, targets, weight, columns)
 
 
-def group_by_token_budget(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices into lengths, longest first, cut so that count * longest <= budget, one at least."""
+def group_by_token_budget(lengths: list[int], budget: int,
+                          which: Optional[list[int]] = None) -> list[list[int]]:
+    """`which` indices into lengths, or all, longest first, cut so that count * longest <= budget,
+    one at least."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)) if which is None else which, key=lambda i: -lengths[i]):
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
@@ -1494,9 +1518,8 @@ def group_by_token_budget(lengths: list[int], budget: int) -> list[list[int]]:
 def shard_micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """This rank's micro-batches of a step.  All ranks get as many; [] where one has none left."""
     by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    shares = [by_length[r::world_size()] for r in range(world_size())]
-    cuts = [[[share[i] for i in group] for group in
-             group_by_token_budget([lengths[i] for i in share], budget)] for share in shares]
+    cuts = [group_by_token_budget(lengths, budget, by_length[r::world_size()])
+            for r in range(world_size())]
     most = max(map(len, cuts))
     return cuts[rank()] + [[]] * (most - len(cuts[rank()]))
 
@@ -1546,21 +1569,21 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
     if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
         from torch.nn.attention.varlen import varlen_attn
         group, window = heads // key.shape[1], sliding_window or max_length_q
-        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, heads, D)
+        q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
         return varlen_attn(
             q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), cu_seq_lens_q,
             cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
             window_size=(window - 1 if window < max_length_q else -1, 0))[None], None
     if cu_seq_lens_q is not None:
-        lengths = cu_seq_lens_q.diff().tolist()
+        each = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)))
         return torch.cat([attention(module, *qkv, None, scaling, sliding_window)[0]
-                          for qkv in zip(*(x.split(lengths, dim=2) for x in (query, key, value)))],
-                         dim=1), None
+                          for qkv in each], dim=1), None
     if t == 1:  # query heads that share a key are so many positions of one head: no key is copied
-        query, seen = query.reshape(b, key.shape[1], -1, width), None
+        seen = None
         if slot_age is not None:                            # (B, 1, 1, S), how long ago, < 0: never
             seen = slot_age >= 0
             seen = seen & (slot_age < sliding_window) if sliding_window else seen
+        query = query.reshape(b, key.shape[1], -1, width)
         return sdpa(query, key, value, seen, scale=scaling).reshape(b, 1, heads, -1), None
     band = None
     if sliding_window and t > sliding_window:
@@ -1580,24 +1603,20 @@ def enable_packing(model: Any) -> Any:
     before = model.config._attn_implementation
     if before != "sdpa":
         return model
-    vocabulary, windows = model.get_input_embeddings().num_embeddings, []
-    for part in [model.config.get_text_config(), *model.modules()]:
-        for name in ("sliding_window", "attention_chunk_size"):
-            if isinstance(value := getattr(part, name, None), int):
-                windows.append((part, name, value))
-                setattr(part, name, 6)
-    ids = torch.arange(24, device=model.device) * 1009 % vocabulary
-    a, b = ids[:9], ids[9:]
+    windows = [(part, name, value) for part in [model.config.get_text_config(), *model.modules()]
+               for name in ("sliding_window", "attention_chunk_size")
+               if isinstance(value := getattr(part, name, None), int)]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    a, b = (torch.arange(24, device=model.device) * 1009 % vocabulary).split([9, 15])
     try:
-        alone = [model.base_model(input_ids=s[None]).last_hidden_state[0] for s in (a, b)]
+        for part, name, _ in windows:
+            setattr(part, name, 6)
+        alone = [model.base_model(input_ids=ids[None]).last_hidden_state[0] for ids in (a, b)]
         model.set_attn_implementation(PACKED)
         slots = Slots(2, 16)
-        slots.place([len(a) - 1, len(b) - 1], [0, 1])
-        packed = read_packed(model, torch.cat([a[:-1], b[:-1]]), [len(a) - 1, len(b) - 1],
-                             past_key_values=slots.cache, use_cache=True)
-        last = slots.decode(model.base_model, torch.stack([a[-1], b[-1]])).last_hidden_state[:, 0]
-        ours, theirs = torch.cat([packed, last]), torch.cat([alone[0][:-1], alone[1][:-1],
-                                                              alone[0][-1:], alone[1][-1:]])
+        packed = slots.read(model, {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]})
+        last = slots.decode(model.base_model, torch.stack([a[-1], b[-1]])).last_hidden_state
+        ours, theirs = torch.cat([packed[:8], last[0], packed[8:], last[1]]), torch.cat(alone)
         near = 1e-3 if model.dtype.itemsize > 2 and model.device.type == "cpu" else 0.1
         proven = (ours - theirs).float().norm() < near * theirs.float().norm()
     except Exception:  # whatever the code of some other architecture raises
@@ -1614,9 +1633,9 @@ def enable_packing(model: Any) -> Any:
 
 def read_packed(model: Any, ids: torch.Tensor, lengths: list[int], **more: Any) -> torch.Tensor:
     """The body's last hidden states (T, D) of packed sequences, ids (T,)."""
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(
-        ids.device, non_blocking=True)                                                  # (S + 1,)
-    position = torch.cat([torch.arange(n) for n in lengths]).to(ids.device, non_blocking=True)
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
+    position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
+    ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
     body = model.base_model if model.base_model is not model else model.model
     return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
                 cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
@@ -1624,11 +1643,12 @@ def read_packed(model: Any, ids: torch.Tensor, lengths: list[int], **more: Any) 
 
 
 def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """The body's last hidden states (T, D) of the sequences whose ids (T,) stand end to end."""
+    """The body's last hidden states (T, D) of packed sequences, ids (T,): packed or padded."""
     config = model.config.get_text_config()
     if config._attn_implementation == PACKED and config.hidden_size >= PADDED_BELOW:
         return read_packed(model, ids, lengths)
-    padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)  # needs no mask
+    # padding comes after a sequence, where causal attention does not look: no mask is needed
+    padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
     body = model.base_model if model.base_model is not model else model.model
     hidden = body(input_ids=padded, use_cache=False).last_hidden_state          # (S, longest, D)
     return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
@@ -1647,21 +1667,21 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
     than the model has, but for `spare` ones, or where one is not finite.
     """
     import transformers
-    with load_errors(name, "a causal language model" if "Causal" in kind else
+    causal = "Causal" in kind
+    with load_errors(name, "a causal language model" if causal else
                      "a reward model (sequence classification, num_labels=1)"):
         model, report = getattr(transformers, kind).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **more)
-    for what, keys, allowed in (("lacks", report["missing_keys"], drawn),
-                                ("has unknown", report["unexpected_keys"], spare),
-                                ("has misshapen", report["mismatched_keys"], drawn)):
-        wrong = sorted(k for k in map(str, keys) if not k.startswith(allowed or ("\0",))
-                       and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", k))  # buffers
+    for what, found, allowed in (("lacks", "missing", drawn), ("has unknown", "unexpected", spare),
+                                 ("has misshapen", "mismatched", drawn)):
+        wrong = sorted(k for k in map(str, report[f"{found}_keys"]) if not k.startswith(allowed)
+                       and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", k))  # a buffer
         require(not wrong, f"{name}: {what} weights: {', '.join(wrong[:4])} ({len(wrong)} in all)")
     bad = [n for n, p in model.named_parameters() if not p.sum().isfinite()]
     require(not bad, f"{name}: {bad and bad[0]} holds NaN or infinite weights")
     model = enable_packing(model.to(where or device()).eval())
-    if "Causal" in kind:
+    if causal:
         check_linear_head(name, model)
     return model
 
@@ -1686,8 +1706,8 @@ def autocast(dtype: torch.dtype) -> Any:
 
 
 class Policy(torch.nn.Module):
-    """A causal language model whose forward ends in a fused loss: DDP's and FSDP's hooks fire round
-    body and head alike."""
+    """A causal language model whose forward ends in the fused loss, so that the hooks of DDP and
+    FSDP cover body and head alike."""
 
     def __init__(self, model: Any, cfg: Config):
         super().__init__()
@@ -1708,6 +1728,9 @@ class Policy(torch.nn.Module):
 def load_policy(name: str, cfg: Config) -> torch.nn.Module:
     """The policy to train, with float32 weights, wrapped for several ranks."""
     model = load_for_training(functools.partial(load_model, name), cfg)
+    shape = model.config.get_text_config()
+    if any(getattr(shape, f"{kind}_experts", 0) for kind in ("num", "num_local", "n_routed")):
+        print0("  a mixture of experts: its auxiliary loss, which balances the router, is left out")
     choose_micro_batch(model, cfg)
     return wrap_for_ranks(Policy(model, cfg), cfg)
 
@@ -1717,7 +1740,7 @@ def load_reference(name: str, cfg: Config) -> Policy:
     if not is_sharded(cfg):
         return Policy(load_model(name, compute_dtype(cfg)), cfg)
     model = load_for_training(functools.partial(load_model, name), cfg).requires_grad_(False)
-    return shard(Policy(model, cfg), compute_dtype(cfg), ("log_probs",))
+    return wrap_for_ranks(Policy(model, cfg), cfg, "log_probs")
 
 
 def choose_micro_batch(model: Any, cfg: Config) -> None:
@@ -1725,12 +1748,11 @@ def choose_micro_batch(model: Any, cfg: Config) -> None:
     gradients and moments, over the bytes of activations a token, as a power of two."""
     if cfg.micro_batch_tokens is None and device().type == "cuda":
         shape, ranks = model.config.get_text_config(), world_size() if is_sharded(cfg) else 1
-        weights = sum(p.numel() for p in model.parameters())
-        free = torch.cuda.mem_get_info()[0] - 12 * weights / ranks
+        weights = sum(p.numel() for p in model.parameters()) / ranks
+        free = torch.cuda.mem_get_info()[0] - 12 * weights
         layer = 2 * shape.hidden_size * (2 if cfg.gradient_checkpointing else 40)  # bytes a token
         tokens = max(1, free / 2 / (layer * shape.num_hidden_layers))
-        cfg.micro_batch_tokens = 2 ** int(min(max(math.log2(tokens), 11), 16))
-        cfg.micro_batch_tokens = min(gather(cfg.micro_batch_tokens))
+        cfg.micro_batch_tokens = min(gather(2 ** int(min(max(math.log2(tokens), 11), 16))))
     cfg.micro_batch_tokens = cfg.micro_batch_tokens or 8192
 
 
@@ -1739,36 +1761,40 @@ def is_sharded(cfg: Config) -> bool:
     return cfg.sharding == "fsdp" and world_size() > 1
 
 
+def blocks_of(module: torch.nn.Module) -> list:
+    """The transformer blocks, by the class names that transformers says not to split."""
+    names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", None) or ()}
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
 def load_for_training(load: Callable, cfg: Config) -> Any:
     """load(where=), with recomputed activations or compiled blocks where asked for.
 
     To be sharded, rank 0 loads on its CPU, and other ranks get an untouched shape: a node holds the
     whole weights once.
     """
-    model = load(where=torch.device("cpu") if is_sharded(cfg) else device()) \
-        if rank() == 0 or not is_sharded(cfg) else None
-    if is_sharded(cfg):
-        shape = gather(rank() == 0 and (type(model), model.config,
-                                        model.config._attn_implementation))[0]
+    sharded = is_sharded(cfg)
+    if rank() == 0 or not sharded:
+        model = load(where=torch.device("cpu") if sharded else device())
+    if sharded:
+        kind, config = gather((type(model), model.config) if rank() == 0 else None)[0]
         if rank() > 0:
-            model = meta_model(*shape).to_empty(device="cpu").eval()
+            model = meta_model(kind, config).to_empty(device="cpu").eval()
             model.tie_weights()
-    names = {name for part in model.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    blocks = [part for part in model.modules() if type(part).__name__ in names]
-    if cfg.gradient_checkpointing:
-        for block in blocks:  # transformers' own needs training mode, in which some drop out
+    for block in blocks_of(model):
+        if cfg.gradient_checkpointing:  # transformers' own needs training mode: some would drop out
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
                                               use_reentrant=False)
-    elif cfg.compile and device().type == "cuda":
-        for block in blocks:
+        elif cfg.compile and device().type == "cuda":
             block.compile(dynamic=True)
     return model
 
 
-def meta_model(kind: type, config: Any, attn_implementation: str) -> Any:
+def meta_model(kind: type, config: Any) -> Any:
     """A model of this class and shape whose weights take no memory."""
     from transformers import AttentionInterface
     AttentionInterface.register(PACKED, attention)
+    attn_implementation = config._attn_implementation
     with torch.device("meta"):
         model = kind(config)
     model.set_attn_implementation(attn_implementation)
@@ -1782,34 +1808,29 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
         return shard(module, compute_dtype(cfg), methods)
     if world_size() == 1:
         return module
-    ids = [device()] if device().type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(module, device_ids=ids,
-                                                     gradient_as_bucket_view=True)
+    return torch.nn.parallel.DistributedDataParallel(
+        module, device_ids=[device()] if device().type == "cuda" else None,
+        gradient_as_bucket_view=True)
 
 
 def shard(module: torch.nn.Module, dtype: torch.dtype, methods: tuple) -> torch.nn.Module:
     """The module under FSDP2, each transformer block by itself, with rank 0's weights: kept, and
     gradients reduced, in float32; gathered in `dtype` for as long as a block computes."""
+    from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                        register_fsdp_forward_method)
     weights = module.state_dict() if rank() == 0 else {}
-    precision = {"param_dtype": None if dtype == torch.float32 else dtype,
-                 "reduce_dtype": torch.float32}
-    mesh = init_device_mesh(device().type, (world_size(),))
-    names = {n for part in module.modules() for n in getattr(part, "_no_split_modules", None) or ()}
-    for part in [part for part in module.modules() if type(part).__name__ in names]:
-        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**precision))
-    # the root holds embedding and head, which the fused loss reads; its inputs stay as they are
-    fully_shard(module, mesh=mesh,
-                mp_policy=MixedPrecisionPolicy(**precision, cast_forward_inputs=False))
+    mesh = dist.init_device_mesh(device().type, (world_size(),))
+    for part in [*blocks_of(module), module]:
+        # the root holds embedding and head, which the fused loss reads; its inputs stay as they are
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(
+            param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
+            cast_forward_inputs=part is not module))
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True,
                                                                    broadcast_from_rank0=True))
     for buffer in module.buffers():
         dist.broadcast(buffer, 0)
     for method in methods:
-        register_fsdp_forward_method(module, method)
+        fsdp.register_fsdp_forward_method(module, method)
     return module
 
 
@@ -1819,17 +1840,17 @@ def whole_copy(model: Any, dtype: torch.dtype, where: torch.device, keep: bool =
     call it together."""
     weights = {}
     for name, weight in model.named_parameters():
-        weight = (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).to(where, dtype)
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
         if keep:
-            weights[name] = weight
+            weights[name] = weight.to(where, dtype)
     if not keep:
         return None
-    copy = meta_model(type(model), model.config, model.config._attn_implementation)
+    copy = meta_model(type(model), model.config)
     copy.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
     copy.tie_weights()
-    for (name, _), old in zip(list(copy.named_buffers()), model.buffers()):
-        part, _, last = name.rpartition(".")
-        setattr(copy.get_submodule(part), last, old.to(where))
+    for part, old in zip(copy.modules(), model.modules()):
+        for name, buffer in old.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(where))
     copy.generation_config = model.generation_config
     return copy.eval()
 
@@ -1837,9 +1858,10 @@ def whole_copy(model: Any, dtype: torch.dtype, where: torch.device, keep: bool =
 def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any, Any]:
     """AdamW with decay on matrices only, and its schedule: 3 % warm-up, then cosine to 0."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": 0.1},
+         {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}],
+        lr=cfg.lr, betas=(0.9, 0.99), fused=True)
     warmup = max(1, round(0.03 * steps))
 
     def factor(step: int) -> float:
@@ -1889,14 +1911,16 @@ def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config
                 more: str = "") -> None:
     """Writes the policy's folder; `more` goes at the end of its model card."""
     import transformers
-    flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.metadata["help"].stage == "training"}
-    after, n = codec.before + tag, len(codec.before_ids)  # a word marker would come before the tag
-    tail = f" + tokenizer({after!r}, add_special_tokens=False).input_ids" + f"[{n}:]" * bool(n)
+    flags = [(f.name, getattr(cfg, f.name)) for f in fields(cfg)
+             if f.metadata["help"].stage == "training"]
+    if tag:
+        after, n = codec.before + tag, len(codec.before_ids)  # a word marker would come before it
+        tag = f" + tokenizer({after!r}, add_special_tokens=False).input_ids" + f"[{n}:]" * bool(n)
     card = MODEL_CARD.format(
-        more=more, tag=tail if tag else "",
-        algorithm=folder.name.strip(".").removesuffix(".new"), torch=torch.__version__,
-        flags=", ".join(f"{k} {v}" for k, v in flags.items() if v is not None),
-        transformers=transformers.__version__, base=cfg.model or "the toy world's",
+        more=more, tag=tag, algorithm=folder.name.strip(".").removesuffix(".new"),
+        flags=", ".join(f"{name} {value}" for name, value in flags if value is not None),
+        torch=torch.__version__, transformers=transformers.__version__,
+        base=cfg.model or "the toy world's",
         data=cfg.samples or cfg.responses or cfg.preferences or cfg.prompts or "the toy world's")
     save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, card)
 
@@ -1908,6 +1932,7 @@ def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of logits, held at once
 EAGER_BELOW = 4096  # vocabulary: on a CPU, compiling for a smaller one costs more than it brings
+FORWARD_ONLY = 4    # times as many tokens where no activations are kept
 _scratch: dict = {}
 
 
@@ -1916,14 +1941,14 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
     """Sum over rows of the kernel's loss, differentiable in the hidden states and the model's head.
 
     hidden (N, D), columns (N,) each.  kernel(logits (n, V), *columns (n,)) must leave d loss /
-    d logits in logits and return each row's loss (n,).  The result is a scalar, float32 (float64
-    for float64).  N = 0 gives a zero with gradients.
+    d logits in logits and return each row's loss (n,).  A scalar, float32 (float64 for float64);
+    N = 0 gives a zero with gradients.
     """
     head, kind = model.get_output_embeddings(), hidden.device.type
     dtype = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
              else head.weight.dtype)
     scale, cap = head_transform(model)
-    apply = torch.compiler.disable(HeadLoss.apply)  # round it a compiled model breaks its graph
+    apply = torch.compiler.disable(HeadLoss.apply)  # a compiled caller breaks its graph here
     return apply((hidden * scale).to(dtype), head.weight, getattr(head, "bias", None), kernel, cap,
                  *columns)
 
@@ -1932,9 +1957,9 @@ def head_transform(model: Any) -> tuple[float, float]:
     """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), cap = 0 for none: Cohere,
     Granite and Falcon-H1 scale, Gemma caps."""
     config = model.config.get_text_config()
-    up, down = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
-    up *= getattr(config, "lm_head_multiplier", None) or 1.0
-    return up / down, getattr(config, "final_logit_softcapping", None) or 0.0
+    up, down, more = (getattr(config, name, None) or 1.0
+                      for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+    return up * more / down, getattr(config, "final_logit_softcapping", None) or 0.0
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1944,29 +1969,27 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
                 kernel: Callable, cap: float, *columns: torch.Tensor) -> torch.Tensor:
         wide, head = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight, outer = None, {"out_dtype": wide} if hidden.dtype != wide and hidden.is_cuda else {}
-        grad_bias = torch.zeros_like(bias, dtype=wide) if want_bias else None
+        outer = {"out_dtype": wide} if hidden.dtype != wide and hidden.is_cuda else {}
+        want_weight, grad_weight = ctx.needs_input_grad[1], None
+        grad_hidden = torch.empty_like(hidden)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         for part, logits in logit_chunks(hidden, head, bias, cap):
             slope = 1 - (logits / cap).square() if cap else None    # d capped / d logits
             loss += kernel(logits, *(c[part] for c in columns)).sum()
             logits = logits.mul_(slope) if cap else logits          # now d loss / d logits
-            if want_hidden:
-                torch.mm(logits, head, out=grad_hidden[part])
+            torch.mm(logits, head, out=grad_hidden[part])
             if want_weight and grad_weight is not None and logits.dtype == wide:
                 grad_weight.addmm_(logits.t(), hidden[part])
             elif want_weight:  # chunks are summed in float32
                 product = torch.mm(logits.t(), hidden[part], **outer).to(wide)
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
-            if want_bias:
+            if bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
         if want_weight and grad_weight is None:  # no rows
             grad_weight = torch.zeros_like(weight)
         ctx.grads = [g if g is None else g.to(like.dtype) for g, like in
                      ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))]
-        ctx.columns = len(columns)
         return loss
 
     @staticmethod
@@ -1976,7 +1999,7 @@ class HeadLoss(torch.autograd.Function):
             raise RuntimeError("backward through a fused head loss twice: its gradients are spent")
         grads, ctx.grads = ctx.grads, None
         grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads]
-        return *grads, None, None, *[None] * ctx.columns
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
@@ -1990,12 +2013,11 @@ def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torc
     most = max(1, CHUNK_BYTES[hidden.device.type] // (stride * hidden.element_size()))
     rows = -(-len(hidden) // max(1, -(-len(hidden) // most)))  # chunks of about one size
     if key not in _scratch or len(_scratch[key]) < rows * stride:
-        with torch.inference_mode(False):  # else the first sampler's buffer could not serve training
+        with torch.inference_mode(False):  # else a sampler's buffer could not serve training
             _scratch[key] = torch.empty(rows * stride, dtype=hidden.dtype, device=hidden.device)
     for start in range(0, len(hidden), max(1, rows)):
-        part = slice(start, min(start + rows, len(hidden)))
-        n = part.stop - start
-        logits = _scratch[key][:n * stride].view(n, stride)[:, :len(weight)]
+        part = slice(start, start + rows)
+        logits = _scratch[key][:len(hidden[part]) * stride].view(-1, stride)[:, :len(weight)]
         torch.mm(hidden[part], weight.t(), out=logits)
         if bias is not None:
             logits += bias.to(logits.dtype)
@@ -2005,13 +2027,12 @@ def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torc
 
 
 def compiled(kernel: Callable) -> Callable:
-    """torch.compile(kernel), at its first call: the compiler's import takes seconds.  Compiled for a
-    vocabulary and any number of rows: with both left open a GPU takes twice as long.
+    """torch.compile(kernel), at its first call: the compiler's import takes seconds.  The number of
+    rows is dynamic, the vocabulary is not: were both, a GPU would take twice as long.
 
-    Left as it is for a small vocabulary on a CPU, and, said once, without a C++ compiler.
+    Uncompiled for a small vocabulary on a CPU, and, with a warning, where no C++ compiler is found.
     """
-    options = {"split_reductions": False}  # of a few rows only would it pay to split them
-    once = functools.cache(lambda: torch.compile(kernel, options=options))
+    once = functools.cache(lambda: torch.compile(kernel))
 
     @functools.wraps(kernel)
     def call(logits: torch.Tensor, *args: Any, **more: Any) -> Any:
@@ -2030,48 +2051,39 @@ def compiled(kernel: Callable) -> Callable:
     return call
 
 
-def negative_log_likelihood(logits: torch.Tensor, targets: torch.Tensor,
-                            temperature: float = 1.0) -> torch.Tensor:
-    """-log softmax(logits / temperature)[targets], float32 (n,); needs no gradient."""
-    logits = logits.float() / temperature
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
-
-
-FORWARD_ONLY = 4  # times as many tokens where no activations are kept
+def log_probs(model: Any, micro: MicroBatch, temperature: float) -> torch.Tensor:
+    """Each response token's log-prob (N,), float32; needs no gradient."""
+    hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]               # (N, D)
+    head, (scale, cap) = model.get_output_embeddings(), head_transform(model)
+    chunks = logit_chunks(hidden * scale, head.weight.to(hidden.dtype), getattr(head, "bias", None),
+                          cap)
+    found = [-torch.nn.functional.cross_entropy(logits.float() / temperature, micro.targets[part],
+                                                reduction="none") for part, logits in chunks]
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 @torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
 def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: Any,
                         examples: list[Example], cfg: Config, cost: Cost) -> list[list[float]]:
-    """What compute(micro-batch) -> (N,) finds of each response token, by `model`; ranks share the
-    work."""
+    """What compute(micro-batch) -> (N,) finds of each response token, by `model`, in the examples'
+    order on every rank; ranks share the work."""
     found: dict[int, list[float]] = {}
-    plain = [e._replace(columns=()) for e in examples]
     budget = FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)
-    for share in shard_micro_batches([len(e.ids) for e in plain], budget):
-        micro = collate([plain[i] for i in share] or [empty_example(plain[0])])
+    for share in shard_micro_batches([len(e.ids) for e in examples], budget):
+        micro = collate([examples[i] for i in share or [0]], learnt=bool(share))
         cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
                          len(micro.rows))
         values = iter(compute(micro).tolist())
-        found.update((i, [next(values) for _ in range(int(plain[i].mask.sum()))]) for i in share)
-    return gather_by_index(found, len(plain))
-
-
-def log_probs(model: Any, micro: MicroBatch, temperature: float) -> torch.Tensor:
-    """Each response token's log-prob (N,), float32."""
-    hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]               # (N, D)
-    head, (scale, cap) = model.get_output_embeddings(), head_transform(model)
-    chunks = logit_chunks(hidden * scale, head.weight.to(hidden.dtype), getattr(head, "bias", None), cap)
-    parts = [-negative_log_likelihood(logits, micro.targets[part], temperature)
-             for part, logits in chunks]
-    return torch.cat(parts) if parts else torch.zeros(0)
+        for i in share:
+            found[i] = list(itertools.islice(values, int(examples[i].mask.sum())))
+    return gather_by_index(found, len(examples))
 
 
 def response_log_probs(model: Any, examples: list[Example], cfg: Config,
                        cost: Cost) -> list[list[float]]:
-    """Each response token's log-prob at cfg.temperature, in the examples' order on every rank."""
-    return each_response_token(lambda micro: log_probs(model, micro, cfg.temperature or 1.0), model,
-                               examples, cfg, cost)
+    """Each response token's log-prob at cfg.temperature."""
+    compute = functools.partial(log_probs, model, temperature=cfg.temperature or 1.0)
+    return each_response_token(compute, model, examples, cfg, cost)
 
 
 # ---------------------------------------------------------------------------------------- sampler
@@ -2081,93 +2093,76 @@ def response_log_probs(model: Any, examples: list[Example], cfg: Config,
 
 
 class Response(NamedTuple):
-    """A sampled response: ids (the stop token included where it came), log-probs, was it cut off."""
+    """A sampled response: ids, with the stop token that ended it, log-probs, whether it was cut."""
     ids: list[int]
     log_probs: list[float]
     truncated: bool
 
 
-class Slots:
+class Slots(Cache):
     """The sampler's cache: R rows of S positions, in each layer, and where new tokens go."""
 
     def __init__(self, rows: int, length: int):
-        from transformers.cache_utils import Cache, CacheLayerMixin
-        slots = self
+        super().__init__(layers=[])
+        self.length, self.every = length, torch.arange(rows, device=device())
+        self.position = torch.zeros_like(self.every)    # (R,) of each slot's last token
+        self.kept: dict[int, list[torch.Tensor]] = {}   # layer -> keys, values (R, heads, S, D)
 
-        class Layer(CacheLayerMixin):
-            """One layer's keys and values, (R, heads, S, D)."""
-            is_sliding = False
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any,
+               **__: Any) -> tuple:
+        """Keeps a layer's keys and values of the new tokens; returns those to attend to."""
+        if layer_idx not in self.kept:
+            self.kept[layer_idx] = [
+                x.new_zeros(len(self.every), x.shape[1], self.length, x.shape[3])
+                for x in (keys, values)]
+        for kept, new in zip(self.kept[layer_idx], (keys, values)):
+            new = new.transpose(1, 2).flatten(0, 1)                             # (B * T, heads, D)
+            kept[self.rows, :, self.positions] = new if self.source is None else new[self.source]
+        if self.seen is None:  # packed prompts attend to themselves
+            return keys, values
+        return tuple(kept[:, :, :self.seen] for kept in self.kept[layer_idx])
 
-            def lazy_initialization(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-                self.is_initialized = True
-                self.keys, self.values = (x.new_zeros(rows, x.shape[1], length, x.shape[3])
-                                          for x in (keys, values))
+    def read(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
+        """Reads prompts, each into all the slots named: its last hidden states (T, D), packed."""
+        lengths = [len(prompt) for prompt in prompts]
+        spans = [(slot, end - n, n) for n, end, slots in
+                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for slot in slots]
+        slots, starts, sizes = torch.tensor(spans, device=device()).T
+        self.positions = torch.cat([torch.arange(n) for _, _, n in spans]).to(device())
+        self.rows = slots.repeat_interleave(sizes)
+        self.source = starts.repeat_interleave(sizes) + self.positions
+        self.position[slots], self.seen = sizes - 1, None
+        ids = torch.tensor(list(itertools.chain(*prompts)), device=device())
+        return read_packed(model, ids, lengths, past_key_values=self, use_cache=True)
 
-            def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple:
-                if not self.is_initialized:
-                    self.lazy_initialization(keys, values)
-                for kept, new in ((self.keys, keys), (self.values, values)):
-                    new = new.transpose(1, 2).flatten(0, 1)                     # (B * T, heads, D)
-                    new = new if slots.source is None else new[slots.source]
-                    kept[slots.rows, :, slots.positions] = new
-                if slots.seen is None:  # packed prompts attend to themselves
-                    return keys, values
-                return self.keys[:, :, :slots.seen], self.values[:, :, :slots.seen]
-
-            def get_seq_length(self) -> int:
-                return 0
-
-            def get_max_length(self) -> int:
-                return length
-
-            def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-                return length, 0
-        self.length, self.cache = length, Cache(layer_class_to_replicate=Layer)
-        self.position = torch.zeros(rows, dtype=torch.int64, device=device())   # (R,) of each's last
-        self.every = torch.arange(rows, device=device())
-        self.rows = self.positions = self.source = self.seen = None
-
-    def place(self, lengths: list[int], copies: list[int] | list[list[int]]) -> None:
-        """The next forward reads packed prompts of these lengths, each for the slots `copies`."""
-        rows, positions, source, start, ends = [], [], [], 0, {}
-        for n, slots in zip(lengths, copies):
-            for slot in slots if isinstance(slots, list) else [slots]:
-                rows.append(torch.full((n,), slot))
-                positions.append(torch.arange(n))
-                source.append(torch.arange(start, start + n))
-                ends[slot] = n - 1
-            start += n
-        self.position[list(ends)] = torch.tensor(list(ends.values()), device=device())
-        self.rows, self.positions, self.source = (torch.cat(x).to(device())
-                                                  for x in (rows, positions, source))
-        self.seen = None
-
-    def decode(self, model: Any, tokens: torch.Tensor, seen: Optional[int] = None) -> Any:
-        """The model's output on one new token a slot, (R,)."""
-        self.position += 1
+    def decode(self, model: Any, tokens: torch.Tensor, live: Any = 1, seen: int = 0) -> Any:
+        """The model's output on one new token a slot, (R,); where not `live`, it replaces the last.
+        The caller knows that no position lies behind the first `seen`."""
+        self.position += live
         self.rows, self.positions, self.source = self.every, self.position, None
         self.seen = seen or self.length
         age = self.position[:, None] - torch.arange(self.seen, device=device())          # (R, S)
         return model(input_ids=tokens[:, None], position_ids=self.position[:, None], use_cache=True,
-                     past_key_values=self.cache, slot_age=age[:, None, None])
+                     past_key_values=self, slot_age=age[:, None, None])
 
     def keep(self, rows: torch.Tensor) -> None:
         """Forgets all slots but these."""
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for pair in self.kept.values():
+            pair[:] = [x[rows] for x in pair]
         self.position, self.every = self.position[rows], torch.arange(len(rows), device=device())
 
 
 @torch.inference_mode()
-def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: list[int], cost: Cost,
-           unconditional: Optional[list[list[int]]] = None, guidance: float = 0.0,
+def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: list[int],
+           cost: Cost, unconditional: Optional[list[list[int]]] = None, guidance: float = 0.0,
            seeds: Optional[list[int]] = None, what: str = "sampling") -> list[Response]:
-    """One response for each prompt's ids, in the prompts' order on every rank; ranks share the work.
+    """A response to each prompt's ids, in the prompts' order on every rank; ranks share the work.
 
     A row's randomness comes from the seed and the row's own of `seeds` (its index), not from its
     slot or rank.  Log-probs are those of the distribution at cfg.temperature, before top-p.  With
-    `guidance` g each token is drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional))
-    (Sanchez et al. 2023, arXiv 2306.17806).
+    `guidance` g tokens are drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional))
+    (Sanchez et al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle
+    slots compute.
     """
     share = sorted(range(rank(), len(prompts), world_size()), key=lambda i: (len(prompts[i]), i))
     paths = [[prompts[i], *([unconditional[i]] if guidance else [])] for i in share]
@@ -2185,17 +2180,6 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     return gather_by_index(dict(zip(share, found)), len(prompts))
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, cfg: Config,
-           guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided rows."""
-    if guidance:
-        conditional, unconditional = logits.float().log_softmax(-1).chunk(2)
-        logits = (1 + guidance) * conditional - guidance * unconditional
-    log_p = (logits.float() / (cfg.temperature or 1.0)).log_softmax(-1)                 # (R, V)
-    token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform, cfg.top_p)
-    return token, log_p.gather(-1, token[:, None]).squeeze(-1)
-
-
 def slot_count(model: Any, length: int, prompts: int, cfg: Config) -> int:
     """Slots that --slots, or a GPU's free memory, allows; no more than there are prompts."""
     most = cfg.slots or 64
@@ -2210,114 +2194,92 @@ def slot_count(model: Any, length: int, prompts: int, cfg: Config) -> int:
 
 def sample_with_slots(model: Any, paths: list, uniform: list, cfg: Config, stop: list[int],
                       guidance: float, bar: Any, cost: Cost) -> list[Response]:
-    """sample(), for models that read packed sequences; paths (R, 1 or 2) are prompts."""
+    """sample(), for models that read packed sequences; a path is a prompt, or two to guide by."""
+    look, block, few = (8, 256, 0.5) if device().type == "cuda" else (4, 32, 0.75)
     most, ways = cfg.max_response_tokens, 1 + bool(guidance)
+    budget = FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)  # tokens read at a time
     longest = max((len(p) for path in paths for p in path), default=0)
     count = slot_count(model, ways * (longest + most), len(paths), cfg)
     slots = Slots(ways * count, -(-(longest + most) // 64) * 64)
-    stops = torch.tensor(stop, device=device())
-    at = torch.arange(count, device=device())
-    tokens, step = (torch.zeros(count, dtype=torch.int64, device=device()) for _ in range(2))
-    said = torch.zeros(count, most, dtype=torch.int64, device=device())
-    log_probs, draws = torch.zeros(count, most, device=device()), torch.zeros(
-        count, most, dtype=torch.float64, device=device())
-    ended = torch.ones(count, dtype=torch.bool, device=device())
-
-    def record(logits: torch.Tensor, rows: torch.Tensor) -> None:
-        """Draws the rows' next tokens; those of ended rows change nothing that counts."""
-        here = step[rows]
-        token, log_p = choose(logits, draws[rows, here], cfg, guidance)
-        fresh = ~ended[rows]
-        said[rows, here] = torch.where(fresh, token, said[rows, here])
-        log_probs[rows, here] = torch.where(fresh, log_p, log_probs[rows, here])
-        tokens[rows] = token
-        ended[rows] |= torch.isin(token, stops) | (here == most - 1)
-        step[rows] += ~ended[rows]
+    stops, at = torch.tensor(stop, device=device()), torch.arange(count, device=device())
+    said, log_probs, draws = (torch.zeros(count, most + 1, dtype=dtype, device=device())
+                              for dtype in (torch.int64, torch.float32, torch.float64))
+    tokens = torch.zeros(ways * count, dtype=torch.int64, device=device())  # the last of each
+    step, ended = torch.zeros_like(at), torch.ones_like(at, dtype=torch.bool)
 
     def decode(seen: int) -> None:
-        before = slots.position.clone()
-        record(slots.decode(model, tokens.repeat(ways), seen).logits[:, -1], at)
-        slots.position.copy_(torch.where(ended.repeat(ways), before, slots.position))
+        """Every slot's next token; one that has ended writes into the column behind all others."""
+        live, here = ~ended, torch.where(ended, most, step)
+        logits = slots.decode(model, tokens, live.repeat(ways), seen).logits[:, -1]
+        token, log_p = choose(logits, draws[at, here], cfg, guidance)
+        said[at, here], log_probs[at, here] = token, log_p
+        tokens.copy_(token.repeat(ways))
+        step.add_(live)
+        ended.logical_or_(torch.isin(token, stops) | (step == most))
 
-    def refill(free: list[int], queue: list[int]) -> list[int]:
-        """Reads the next prompts into free slots: equal ones once, some thousand tokens at a time."""
-        taken, queue = queue[:len(free)], queue[len(free):]
-        group: dict[tuple, list[int]] = {}
-        draws[free[:len(taken)]] = torch.from_numpy(np.array([uniform[i].random(most) for i in taken])
-                                                    ).to(device())
-        for slot, i in zip(free, taken):
-            holder[slot] = i
-            for way, prompt in enumerate(paths[i]):
-                group.setdefault(tuple(prompt), []).append(way * count + slot)
-        prompts = list(group)
-        for part in group_by_token_budget([len(p) for p in prompts],
-                                          FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)):
-            lengths = [len(prompts[j]) for j in part]
-            slots.place(lengths, [group[prompts[j]] for j in part])
-            cost.add_forward(model, sum(lengths), sum(n * n for n in lengths), len(lengths))
-            ids = torch.tensor([t for j in part for t in prompts[j]], device=device())
-            hidden = read_packed(model, ids, lengths, past_key_values=slots.cache, use_cache=True)
-            head, (scale, cap) = model.get_output_embeddings(), head_transform(model)
-            last = head(hidden[torch.tensor(lengths).cumsum(0) - 1]) * scale            # (S, V)
-            last = cap * (last / cap).tanh() if cap else last
-            for j, row in zip(part, last.float()):
-                first[group[prompts[j]]] = row
-        rows = torch.tensor(free[:len(taken)], device=device())
-        ended[rows], step[rows] = False, 0
-        record(first[torch.cat([way * count + rows for way in range(ways)])], rows)
-        return queue
-
-    first = torch.zeros(ways * count, model.get_output_embeddings().weight.shape[0], device=device())
-    holder, queue, graphs = [-1] * count, list(range(len(paths))), {}
+    holder: dict[int, int] = {}             # slot -> index of the path it answers
     found: dict[int, Response] = {}
-    look = 8 if device().type == "cuda" else 4  # steps between looks, which wait for the GPU
-    while True:
-        done = [slot for slot, end in enumerate(ended.tolist()) if end and holder[slot] >= 0]
-        for slot, n, ids, log_p in zip(done, *(x[done].tolist() for x in (step, said, log_probs))):
-            found[holder[slot]] = Response(ids[:n + 1], log_p[:n + 1], ids[n] not in stop)
-            holder[slot] = -1
-        bar.update(len(done))
-        free = [slot for slot in range(count) if holder[slot] < 0]
-        if queue and free:
-            queue = refill(free, queue)
-            continue
-        live = [slot for slot in range(count) if holder[slot] >= 0]
-        if not live:
-            slots.cache.layers.clear()  # a cycle holds them, and the memory is wanted now
-            return [found[i] for i in range(len(paths))]
-        if len(live) <= count * (0.5 if device().type == "cuda" else 0.75):  # none is left to take over
-            rows = torch.tensor(live, device=device())
-            slots.keep(torch.cat([way * count + rows for way in range(ways)]))
+    waiting, graphs = iter(range(len(paths))), {}
+    while len(found) < len(paths):
+        free = [slot for slot in range(count) if slot not in holder]
+        taken = dict(zip(free, waiting))
+        if taken:
+            holder.update(taken)
+            rows = torch.tensor(list(taken), device=device())
+            step[rows], ended[rows] = 0, False
+            draws[rows] = torch.from_numpy(np.stack(
+                [uniform[i].random(most + 1) for i in taken.values()])).to(device())
+            copies: dict[tuple, list[int]] = {}     # each prompt once, and the slots that want it
+            for slot, i in taken.items():
+                for way, prompt in enumerate(paths[i]):
+                    copies.setdefault(tuple(prompt), []).append(way * count + slot)
+            prompts = list(copies)
+            lengths = [len(prompt) for prompt in prompts]
+            cost.add_forward(model, sum(lengths), sum(n * n for n in lengths), len(lengths))
+            for part in group_by_token_budget(lengths, budget):
+                slots.read(model, {prompts[j]: copies[prompts[j]] for j in part})
+            last = {slot: prompt[-1] for prompt, wanted in copies.items() for slot in wanted}
+            rows = torch.tensor(list(last), device=device())
+            tokens[rows] = torch.tensor(list(last.values()), device=device())
+            slots.position[rows] -= 1  # the first step reads a prompt's last token again
+        if len(holder) <= count * few:  # no prompt is left for the other slots
+            rows = torch.tensor(sorted(holder), device=device())
+            every = torch.cat([way * count + rows for way in range(ways)])
+            slots.keep(every)
             tokens, step, said, log_probs, draws, ended = (
-                x[rows] for x in (tokens, step, said, log_probs, draws, ended))
-            count, holder, at, graphs = len(live), [holder[i] for i in live], at[:len(live)], {}
-        block = 256 if device().type == "cuda" else 32
-        seen = min(slots.length, -(-(int(slots.position.max()) + look + 2) // block) * block)
-        for _ in range(look):
-            run_captured(decode, seen, graphs)
+                tokens[every], *(x[rows] for x in (step, said, log_probs, draws, ended)))
+            holder = dict(enumerate(holder[slot] for slot in sorted(holder)))
+            count, at, graphs = len(holder), at[:len(holder)], {}
+        seen = -(-(int(slots.position.max()) + look + 1) // block) * block
+        for _ in range(look):  # looking which have ended waits for the GPU
+            run_captured(decode, min(seen, slots.length), graphs)
+        done = [slot for slot, end in enumerate(ended.tolist()) if end and slot in holder]
+        for slot, n, ids, log_p in zip(done, *(x[done].tolist() for x in (step, said, log_probs))):
+            found[holder.pop(slot)] = Response(ids[:n], log_p[:n], ids[n - 1] not in stop)
+        bar.update(len(done))
+    return [found[i] for i in range(len(paths))]
 
 
 def run_captured(step: Callable[[int], None], seen: int, graphs: dict) -> None:
     """step(seen), from its second time on, on a GPU, as a CUDA graph; eagerly where that fails."""
-    if device().type != "cuda" or graphs.get(seen, 0) is None:
-        step(seen)
-    elif seen not in graphs:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step(seen)  # a real one, which warms up what must not be captured
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                step(seen)  # is recorded, not run
-            graphs[seen] = graph
-        except Exception as problem:
-            torch.cuda.synchronize()
-            graphs[seen] = None
-            print0(f"  the decode step cannot be a CUDA graph, and runs eagerly ({problem})")
-    else:
+    if graphs.get(seen):
         graphs[seen].replay()
+        return
+    if device().type != "cuda" or seen in graphs:
+        step(seen)
+        return
+    graphs[seen], graph, stream = None, torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(seen)  # a real one, which warms up what must not be captured
+    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.graph(graph):
+            step(seen)  # is recorded, not run
+        graphs[seen] = graph
+    except Exception as problem:
+        torch.cuda.synchronize()
+        print0(f"  the decode step cannot be a CUDA graph, and runs eagerly ({problem})")
 
 
 def sample_with_generate(model: Any, paths: list, uniform: list, cfg: Config, stop: list[int],
@@ -2325,40 +2287,57 @@ def sample_with_generate(model: Any, paths: list, uniform: list, cfg: Config, st
     """sample(), for models that keep more than keys and values: transformers' generate, to which
     our own choice of token is handed."""
     from transformers import GenerationConfig, LogitsProcessorList
-    ways, found, own = 1 + bool(guidance), [], model.generation_config
-    for start in range(0, len(paths), cfg.slots or 64):
-        group = paths[start:start + (cfg.slots or 64)]
-        prompts = [p for way in zip(*group) for p in way]                               # (ways * R)
-        width, log_probs = max(map(len, prompts)), []
-        cost.add_forward(model, sum(map(len, prompts)), sum(len(p)**2 for p in prompts), len(prompts))
-        draws = torch.from_numpy(np.stack([u.random(cfg.max_response_tokens) for u in
-                                           uniform[start:start + len(group)]])).to(device())
-        ids = torch.tensor([[stop[0]] * (width - len(p)) + list(p) for p in prompts], device=device())
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device())
+    together = cfg.slots or 64
+    if len(paths) > together:
+        parts = [slice(start, start + together) for start in range(0, len(paths), together)]
+        return [response for part in parts for response in sample_with_generate(
+            model, paths[part], uniform[part], cfg, stop, guidance, bar, cost)]
+    if not paths:
+        return []
+    ways, own, log_probs = 1 + bool(guidance), model.generation_config, []
+    prompts = [list(prompt) for way in zip(*paths) for prompt in way]                   # (ways * R)
+    lengths = [len(prompt) for prompt in prompts]
+    cost.add_forward(model, sum(lengths), sum(n * n for n in lengths), len(lengths))
+    draws = torch.from_numpy(np.stack([u.random(cfg.max_response_tokens)
+                                       for u in uniform])).to(device())
+    width = max(lengths)
+    ids = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device())
 
-        def ours(said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if not log_probs and len(prompts[0]) < width:  # was it read as it is alone?
-                first = torch.tensor(prompts[:1], device=device())
-                alone = model(first, use_cache=False).logits[0, -1]
-                require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
-                        "reads padded prompts wrongly; give --slots 1, and --guidance 0")
-            token, log_p = choose(scores, draws[:, len(log_probs)], cfg, guidance)
-            log_probs.append(log_p)
-            return torch.full_like(scores, -math.inf).scatter_(1, token.repeat(ways)[:, None], 0.0)
-        try:
-            model.generation_config = GenerationConfig()  # its penalties are not asked for here
-            said = model.generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList(
-                [ours]), generation_config=GenerationConfig(
-                    do_sample=False, max_new_tokens=cfg.max_response_tokens, eos_token_id=stop,
-                    pad_token_id=stop[0]))[:len(group), width:].tolist()
-        finally:
-            model.generation_config = own
-        table = torch.stack(log_probs, 1).tolist()
-        for row, log_p in zip(said, table):
-            n = next((i + 1 for i, t in enumerate(row) if t in stop), len(row))
-            found.append(Response(row[:n], log_p[:n], row[n - 1] not in stop))
-        bar.update(len(group))
+    def ours(said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not log_probs and lengths[0] < width:  # was it read as it is alone?
+            first = torch.tensor(prompts[:1], device=device())
+            alone = model(first, use_cache=False).logits[0, -1]
+            require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
+                    "reads padded prompts wrongly; give --slots 1, and --guidance 0")
+        token, log_p = choose(scores, draws[:, len(log_probs)], cfg, guidance)
+        log_probs.append(log_p)
+        return torch.full_like(scores, -math.inf).scatter_(1, token.repeat(ways)[:, None], 0.0)
+    asked = GenerationConfig(do_sample=False, max_new_tokens=cfg.max_response_tokens,
+                             eos_token_id=stop, pad_token_id=stop[0])
+    try:
+        model.generation_config = GenerationConfig()  # its penalties are not asked for here
+        said = model.generate(ids, attention_mask=mask, generation_config=asked,
+                              logits_processor=LogitsProcessorList([ours]))
+    finally:
+        model.generation_config = own
+    bar.update(len(paths))
+    found = []
+    for row, log_p in zip(said[:, width:].tolist(), torch.stack(log_probs, 1).tolist()):
+        n = next((i + 1 for i, t in enumerate(row) if t in stop), len(row))
+        found.append(Response(row[:n], log_p[:n], row[n - 1] not in stop))
     return found
+
+
+def choose(logits: torch.Tensor, uniform: torch.Tensor, cfg: Config,
+           guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided rows."""
+    if guidance:
+        conditional, unconditional = logits.float().log_softmax(-1).chunk(2)
+        logits = (1 + guidance) * conditional - guidance * unconditional
+    log_p = (logits.float() / (cfg.temperature or 1.0)).log_softmax(-1)                 # (R, V)
+    token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform, cfg.top_p)
+    return token, log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
 def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
@@ -2370,7 +2349,7 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
     # In two steps, block and place in it: a running sum over a whole vocabulary is slow and inexact
     blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))
-    total = blocks.sum(-1).double().cumsum(-1)                                          # (R, V / 256)
+    total = blocks.sum(-1).double().cumsum(-1)                                      # (R, V / 256)
     at = (uniform.double() * total[:, -1])[:, None]                                     # (R, 1)
     block = torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
     before = torch.where(block > 0, total.gather(1, (block - 1).clamp(min=0)), 0.0)
@@ -2407,31 +2386,33 @@ class Samples:
 
     def z(self, reward: Any) -> np.ndarray:
         """Raw scores, standardised by the samples' mean and standard deviation, float64."""
+        require(self.std > 0, "the samples have weights, and no rewards to tell them apart: only "
+                "rwr.py --weights given trains on them")
         return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
 
 
-def read_samples(path: str, hidden: set[int], codec: Codec, folder: Path, **known: Any) -> Samples:
-    """Reads a samples file, but for rows with `hidden` prompts, and tokenises it into the folder.
+def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
+                 **known: Any) -> Samples:
+    """Reads a samples file, but for rows with held-out prompts, and tokenises it into the folder.
 
-    Raises BadInput where the rewards are all alike, or one is so far out that all others look alike.
+    Raises BadInput where the rewards are all alike, or one so far out that the others look alike.
     """
     table: list[tuple] = []
 
-    def parse(part: str, place: str, row: dict, notes: Counter) -> Any:
-        found = labelled_sample_of(place, row)
-        seen = isinstance(found, Sample) and prompt_hash(found.prompt) in hidden
-        return "with held-out prompts" if seen else found
-
     def sequences() -> Iterator[tuple]:
+        parse = unseen(labelled_sample_of, held_out)
         rows = iter(progress(parsed_rows(path, SAMPLE_COLUMNS, parse), "reading samples"))
         while chunk := list(itertools.islice(rows, 4096)):
             table.extend((s.reward, s.weight, prompt_hash(s.prompt), s.source) for s in chunk)
             yield from codec.sequences(chunk)
     tokens = Tokens(folder, sequences)
+    codec.say_cuts()
     if rank() == 0:
         require(table, f"{path}: no sample in it to train on")
         rewards, weights, prompts, sources = zip(*table)
-        check_rewards(path, np.array(rewards))
+        given = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
+        if np.isnan(weights).any() or not given:  # else the rewards may be alike, or none
+            check_rewards(path, np.array(rewards))
         np.savez(folder / "labels.npz", rewards=rewards, weights=weights,
                  prompts=np.array(prompts, dtype=np.uint64))
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in Counter(sources).items())
@@ -2442,44 +2423,48 @@ def read_samples(path: str, hidden: set[int], codec: Codec, folder: Path, **know
         return Samples(tokens, labels["rewards"], labels["weights"], labels["prompts"], **known)
 
 
+def unseen(parse: Callable, held_out: set[int]) -> Callable:
+    """The parser of rows, made to leave out those with held-out prompts."""
+    def unseen_row(part: str, place: str, row: dict, notes: Counter) -> Any:
+        found = parse(place, row)
+        seen = isinstance(found, Sample) and prompt_hash(found.prompt) in held_out
+        return "with held-out prompts" if seen else found
+    return unseen_row
+
+
 def check_rewards(path: str, rewards: np.ndarray) -> None:
     """Raises BadInput where standardised rewards would tell nothing."""
-    low, high = (np.quantile(rewards, q, method=m) for q, m in ((.05, "higher"), (.95, "lower")))
+    low = np.quantile(rewards, 0.05, method="higher")
+    high = np.quantile(rewards, 0.95, method="lower")
     require(rewards.min() < rewards.max() and rewards.std() > 0, f"{path}: all {len(rewards)} "
             f"rewards are {rewards[0]}: there is nothing to learn from")
-    require(not 0 < high - low < 0.01 * rewards.std(), f"{path}: rewards from {rewards.min():.4g} to "
-            f"{rewards.max():.4g}, of which nine tenths lie between {low:.4g} and {high:.4g}: leave "
-            "out such sentinels, or clip them")
+    require(not 0 < high - low < 0.01 * rewards.std(), f"{path}: rewards from {rewards.min():.4g} "
+            f"to {rewards.max():.4g}, of which nine tenths lie between {low:.4g} and {high:.4g}: "
+            "leave out such sentinels, or clip them")
 
 
 def labelled_samples(cfg: Config, base: Stage, rm: Optional[Stage]) -> Samples:
     """The labelled samples: --samples, or the run's samples.jsonl, built if missing: responses of
     the data and of the base policy, scored by the reward model."""
-    hidden = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
+    held_out = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
     codec, folder = Codec(base.folder, cfg), Path(cfg.out) / ".tokens"
     if cfg.samples:
         known = read_record(Path(cfg.samples).with_suffix(".json")).get("settings")
         labelled_by = known.get("scorer") if isinstance(known, dict) else None
         if rm and labelled_by != rm.fingerprint:
-            print0(f"warning: {cfg.samples} "
-                   + (f"was labelled by reward model {labelled_by}" if labelled_by else
-                      "does not say which reward model labelled it")
-                   + f"; this run scores with {rm.fingerprint}, in that file's units")
-        return read_samples(cfg.samples, hidden, codec, folder, costs={}, labelled_by=labelled_by,
+            print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by or '?'}; "
+                   f"this run scores with {rm.fingerprint}, in that file's units")
+        return read_samples(cfg.samples, held_out, codec, folder, costs={}, labelled_by=labelled_by,
                             fingerprint=content_hash(cfg.samples))
     path = Path(cfg.out) / "samples.jsonl"
-    record, wanted = path.with_suffix(".json"), settings(
-        cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
-    if rank() == 0 and read_record(record).get("bytes") != (path.stat().st_size if path.exists()
-                                                           else 0):
+    record = path.with_suffix(".json")
+    wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
+    size = path.stat().st_size if path.exists() else 0
+    if rank() == 0 and read_record(record).get("bytes") != size:
         record.unlink(missing_ok=True)  # a kill came between the two, or somebody edited the first
     barrier()
     if not is_fresh("samples", record, wanted):
-        costs = label(cfg, base, rm, path, wanted, hidden)
-        write_record(record, wanted, sum(costs.values(), Cost()), bytes=path.stat().st_size,
-                     costs={stage: asdict(cost) for stage, cost in costs.items()})
-        if rank() == 0:
-            path.with_name(".samples.part.json").unlink(missing_ok=True)
+        label(cfg, base, rm, path, wanted, held_out)
     built = read_record(record)
     costs = {stage: Cost(**cost) for stage, cost in built["costs"].items()}
     return read_samples(str(path), set(), codec, folder, labelled_by=rm.fingerprint,
@@ -2491,15 +2476,17 @@ LABELLED_TOGETHER = 1024  # rows that a kill may cost
 
 
 def label(cfg: Config, base: Stage, rm: Stage, path: Path, wanted: dict,
-          hidden: set[int]) -> dict[str, Cost]:
-    """Writes the samples file, part by part; a run that was killed goes on where it was."""
-    rows = rows_to_label(cfg, hidden)
+          held_out: set[int]) -> None:
+    """Writes the samples file, part by part, and its record, which holds the labelled bytes and
+    what they cost; a run that was killed goes on where it was."""
+    rows = rows_to_label(cfg, held_out)
     beside, record = path.with_name(".samples.part.jsonl"), path.with_name(".samples.part.json")
-    so_far, costs, done, size = read_record(record), {"generation": Cost(), "labelling": Cost()}, 0, 0
+    so_far, done, size = read_record(record), 0, 0
+    costs = {"generation": Cost(), "labelling": Cost()}
     if so_far.get("settings") == json.loads(json.dumps(wanted)):
-        whole = so_far["rows"] == len(rows) and not beside.exists()  # killed after the rename
-        place = path if whole else beside
-        if place.exists() and place.stat().st_size >= so_far["bytes"]:
+        renamed = so_far["rows"] == len(rows) and not beside.exists()
+        written = path if renamed else beside
+        if written.exists() and written.stat().st_size >= so_far["bytes"]:
             done, size = so_far["rows"], so_far["bytes"]
             costs = {stage: Cost(**cost) for stage, cost in so_far["costs"].items()}
             print0(f"  {done:,} of {len(rows):,} are there from a run that was broken off")
@@ -2514,8 +2501,8 @@ def label(cfg: Config, base: Stage, rm: Stage, path: Path, wanted: dict,
         with track_cost() as labelling:
             rewards = score([s.prompt for s in part], [s.response for s in part],
                             [s.truncated for s in part], labelling)
-        costs = {"generation": costs["generation"] + generation,
-                 "labelling": costs["labelling"] + labelling}
+        costs["generation"] += generation
+        costs["labelling"] += labelling
         if rank() == 0:
             with open(beside, "ab") as file:
                 file.truncate(size)  # a kill may have left half a part
@@ -2526,57 +2513,56 @@ def label(cfg: Config, base: Stage, rm: Stage, path: Path, wanted: dict,
                 file.flush()
                 os.fsync(file.fileno())
                 size = file.tell()
-        write_record(record, wanted, sum(costs.values(), Cost()), rows=start + len(part), bytes=size,
-                     costs={stage: asdict(cost) for stage, cost in costs.items()})
-    if rank() == 0 and beside.exists():
-        beside.replace(path)
+        write_record(record, wanted, sum(costs.values(), Cost()), bytes=size,
+                     rows=start + len(part), costs={s: asdict(cost) for s, cost in costs.items()})
+    codec.say_cuts()
+    if rank() == 0:
+        if beside.exists():
+            beside.replace(path)
+        record.replace(path.with_suffix(".json"))
     barrier()
-    return costs
 
 
-def rows_to_label(cfg: Config, hidden: set[int]) -> list[Sample]:
-    """--responses, or what --sources asks for: responses that people wrote, and prompts for the
-    base policy's own: their `response` is None, and `reward` the number that seeds it."""
-    def parse(part: str, place: str, row: dict, notes: Counter) -> Any:
-        found = sample_of(place, row)
-        unseen = isinstance(found, str) or prompt_hash(found.prompt) not in hidden
-        return found if unseen else "with held-out prompts"
-    rows: list[Sample] = []
+def rows_to_label(cfg: Config, held_out: set[int]) -> list[Sample]:
+    """--responses, or what --sources names: the data's responses, and prompts that the base policy
+    is to answer.  In these `response` is None, and `reward` holds the seed of the sampling."""
     if cfg.responses:
-        rows = list(parsed_rows(cfg.responses, SAMPLE_COLUMNS - {"reward", "label", "weight"}, parse))
+        rows = list(parsed_rows(cfg.responses, SAMPLE_COLUMNS - {"reward", "label", "weight"},
+                                unseen(sample_of, held_out)))
         require(rows, f"{cfg.responses}: no response to a prompt that is not held out")
         return rows
+    rows = []
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in hidden]
+        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in held_out]
         rows = [Sample(r.prompt, r.responses[0], source="chosen") for r in rankings]
-        rows += [Sample(r.prompt, text, source="rejected") for r in rankings for text in r.responses[1:]]
+        rows += [Sample(r.prompt, text, source="rejected")
+                 for r in rankings for text in r.responses[1:]]
     if "generated" in cfg.sources:
-        prompts = [p for p in split_prompts(cfg, held_out=False) for _ in range(cfg.samples_per_prompt)]
-        rows += [Sample(p, None, i, "generated") for i, p in enumerate(prompts)]
+        prompts = split_prompts(cfg, held_out=False)
+        rows += [Sample(prompts[i // cfg.samples_per_prompt], None, i, "generated")
+                 for i in range(cfg.samples_per_prompt * len(prompts))]
     require(rows, "--sources leaves nothing to label")
     return rows
 
 
 def respond(cfg: Config, codec: Codec, sampler: Callable, rows: list[Sample],
             cost: Cost) -> list[Sample]:
-    """The rows with a response each, as long as the policy may write: people's words cut, others
-    sampled from sampler()."""
-    asked = [row for row in rows if row.response is None]
-    replies = iter(sample(sampler(), codec.prompts([row.prompt for row in asked]), cfg, cfg.seed,
-                          codec.stop_ids, cost, seeds=[int(row.reward) for row in asked],
-                          what="generating") if asked else [])
+    """The rows with a response each, none longer than --max_response_tokens: given ones are cut
+    to it, missing ones sampled from sampler()."""
+    empty = [row for row in rows if row.response is None]  # their `reward` is a seed as yet
+    replies = iter(sample(sampler(), codec.prompts([row.prompt for row in empty]), cfg, cfg.seed,
+                          codec.stop_ids, cost, seeds=[int(row.reward) for row in empty],
+                          what="generating") if empty else [])
     written = iter(codec.continuations([row.response for row in rows if row.response is not None]))
-    done = []
-    for row in rows:
+    done, most = list(rows), cfg.max_response_tokens
+    for i, row in enumerate(rows):
         if row.response is None:
             reply = next(replies)
-            done.append(row._replace(response=codec.decode(reply), truncated=reply.truncated))
+        elif len(ids := next(written)) >= most and not row.truncated:  # no room left for EOS
+            reply = Response(codec.cut_end(ids, most), [], True)
+        else:
             continue
-        ids, most = next(written), cfg.max_response_tokens
-        if len(ids) >= most and not row.truncated:  # no room left for EOS
-            text = codec.decode(Response(codec.cut_end(ids, most), [], True))
-            row = row._replace(response=text, truncated=True)
-        done.append(row)
+        done[i] = row._replace(response=codec.decode(reply), truncated=reply.truncated)
     return done
 
 
@@ -2605,9 +2591,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
     needed = {stage: samples.costs[stage] for stage in needs if stage in samples.costs}
     built = {"base": base.cost} if base.cost.seconds else {}
-    costs = {"base": built, name: {**built, **needed, "training": policy.cost}}
-    totals = {"base": (Cost(), Cost()),
-              name: (policy.cost, sum(needed.values(), policy.cost))}
+    entries = [("base", base, Variant(""), built)]
+    entries += [(name, policy, v, {**built, **needed, "training": policy.cost}) for v in variants]
     same = settings(cfg, "data", "samples", "evaluation")
     for other in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples"):
         del same[other]
@@ -2617,36 +2602,35 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     sampler = functools.lru_cache(maxsize=2)(lambda folder: load_model(folder, compute_dtype(cfg)))
     score, verdict = (functools.cache(load) if load else None
                       for load in (rm and rm.load_scorer, judge))  # loaded where they are needed
-    for algorithm, stage, variant in [("base", base, Variant("")), *((name, policy, v)
-                                                                     for v in variants)]:
+    for algorithm, stage, variant, costs in entries:
         key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
         file = replies_file(Path(cfg.out), algorithm, variant.name, cfg.seed)
         origin = {"setting": fingerprint(same), "policy": stage.fingerprint, "tag": variant.tag,
                   "base": base.fingerprint, "samples": samples.fingerprint,
                   "scorer": rm.fingerprint if rm else "", "replies": content_hash(str(file))}
-        row = next((r for r in rows if all(r.get(k) == v for k, v in {**key, **origin}.items())), None)
-        if row:
+        if any({**r, **key, **origin} == r for r in rows):
             replies[file.stem] = [r for _, r in read_jsonl(file)]
-        else:
-            with track_cost() as cost:
-                found = answer(cfg, sampler, stage, prompts, variant, base, samples, score, verdict,
-                               cost)
-            replies[file.stem] = found
-            if rank() == 0:
-                write_beside(file, (json.dumps(r, ensure_ascii=False) for r in found))
-            barrier()
-            units = ("seconds", "device_seconds", "flops", "generated_tokens")
-            row = {**key, **origin, "replies": content_hash(str(file)), "target": variant.target,
-                   **leaderboard_row(found, next(iter(replies.values()))), "judge": cfg.judge,
-                   "world_size": world_size(), "checkpoint": stage.folder,
-                   **{f"{prefix}_{unit}": getattr(spent, unit) for prefix, spent in
-                      zip(("train", "total"), totals[algorithm]) for unit in units},
-                   "peak_memory_bytes": totals[algorithm][0].peak_memory_bytes,
-                   "costs": {s: asdict(c) for s, c in {**costs[algorithm], "evaluation": cost}.items()}}
-            rows = [r for r in rows if any(r.get(k) != v for k, v in key.items())] + [row]
-            if rank() == 0:
-                write_beside(board, map(json.dumps, rows))
-            barrier()
+            continue
+        with track_cost() as evaluation:
+            found = answer(cfg, sampler, stage, prompts, variant, base, samples, score, verdict,
+                           evaluation)
+        replies[file.stem] = found
+        if rank() == 0:
+            write_beside(file, (json.dumps(r, ensure_ascii=False) for r in found))
+        barrier()
+        train = costs.get("training", Cost())
+        total = sum((cost for stage, cost in costs.items() if stage != "base"), Cost())
+        row = {**key, **origin, "replies": content_hash(str(file)), "target": variant.target,
+               **leaderboard_row(found, next(iter(replies.values()))), "judge": cfg.judge,
+               "world_size": world_size(), "checkpoint": stage.folder,
+               **{f"train_{unit}": value for unit, value in asdict(train).items()},
+               **{f"total_{unit}": value for unit, value in asdict(total).items()},
+               "peak_memory_bytes": train.peak_memory_bytes,
+               "costs": {s: asdict(c) for s, c in {**costs, "evaluation": evaluation}.items()}}
+        rows = [r for r in rows if {**r, **key} != r] + [row]
+        if rank() == 0:
+            write_beside(board, map(json.dumps, rows))
+        barrier()
     print_conversations(replies)
     print_leaderboard([r for r in rows if r.get("setting") == fingerprint(same)], len(rows))
 
@@ -2670,12 +2654,20 @@ def answer(cfg: Config, sampler: Callable, policy: Stage, prompts: list, variant
                 for p, r in zip(plain, responses)]
     reference = response_log_probs(sampler(base.folder), examples, cfg, cost)
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
-    reward = samples.z(score()(prompts, texts, cut, cost)).tolist() if score else [None] * len(texts)
-    gold = (judge()(prompts, texts, cut, cost) if judge else
-            list(map(gold_reward, prompts, texts, cut)) if cfg.toy else [None] * len(texts))
-    return [{"prompt": p, "response": t, "truncated": c, "tokens": len(r.ids), "reward": z, "gold": g,
-             "kl": sum(r.log_probs) - sum(ref), "base_log_prob": sum(ref)}
-            for p, t, c, r, z, g, ref in zip(prompts, texts, cut, responses, reward, gold, reference)]
+    reward = gold = [None] * len(texts)
+    if score and not samples.std > 0:
+        print_once("the samples have no rewards, which give scores their scale: none are shown")
+    elif score:
+        reward = samples.z(score()(prompts, texts, cut, cost)).tolist()
+    if judge:
+        gold = judge()(prompts, texts, cut, cost)
+    elif cfg.toy:
+        gold = list(map(gold_reward, prompts, texts, cut))
+    return [{"prompt": prompt, "response": text, "truncated": r.truncated, "tokens": len(r.ids),
+             "reward": z, "gold": g, "kl": sum(r.log_probs) - sum(log_p),
+             "base_log_prob": sum(log_p)}
+            for prompt, text, r, z, g, log_p in zip(prompts, texts, responses, reward, gold,
+                                                    reference)]
 
 
 def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
@@ -2686,12 +2678,14 @@ def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
     words = [r["response"].split() for r in replies]
     bigrams = [pair for w in words for pair in zip(w, w[1:])]
     scored = replies[0]["reward"] is not None and base[0]["reward"] is not None
-    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)] if scored else []
+    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5
+            for r, b in zip(replies, base)] if scored else []
     perplexity = math.exp(min(700.0, -mean("base_log_prob") / mean("tokens")))
     return {"gold": mean("gold"), "reward": mean("reward"),
             "win_rate": float(np.mean(wins)) if scored else None, "kl_to_base": mean("kl"),
             "perplexity": perplexity, "response_tokens": mean("tokens"),
-            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)), "eos_rate": 1 - mean("truncated")}
+            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
+            "eos_rate": 1 - mean("truncated")}
 
 
 def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> None:
@@ -2711,10 +2705,11 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
     """
     ppo = {r["seed"]: r["total_flops"] for r in rows if r["algorithm"] == "ppo"}
     for r in rows:
-        whole = ppo.get(r["seed"]) if r["algorithm"] != "base" else None
-        r["flops_to_ppo"] = r["total_flops"] / whole if whole else None
+        known = r["algorithm"] != "base" and ppo.get(r["seed"])
+        r["flops_to_ppo"] = r["total_flops"] / known if known else None
     columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"),
-               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"), "KL": ("kl_to_base", ".1f"),
+               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
+               "KL": ("kl_to_base", ".1f"),
                "tokens": ("response_tokens", ".0f"), "EOS": ("eos_rate", ".2f"),
                "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
                "all FLOP": ("total_flops", ".1e"), "FLOP/PPO": ("flops_to_ppo", ".2f")}
@@ -2722,11 +2717,12 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
     width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
     print0("\n" + " " * width + "  seed  " + "  ".join(f"{head:>6}" for head in columns))
     for r in sorted(rows, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
-        cells = ("-" if r[name] is None else format(r[name], form) for name, form in columns.values())
+        cells = ("-" if r[name] is None else format(r[name], form)
+                 for name, form in columns.values())
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  "
                + "  ".join(f"{cell:>{max(6, len(head))}}" for cell, head in zip(cells, columns)))
     if in_file > len(rows):
-        print0(f"({in_file - len(rows)} rows of other data or settings in leaderboard.jsonl not shown)")
+        print0(f"({in_file - len(rows)} rows of other data or settings are not shown)")
 
 
 # ----------------------------------------------------------------------------------- training run
@@ -2743,13 +2739,14 @@ class TrainingRun:
 
     def __init__(self, folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any,
                  steps: int, cfg: Config, cost: Cost, state: Optional[dict] = None):
-        self.folder, self.policy, self.optimizer, self.schedule = folder, policy, optimizer, schedule
-        self.total, self.cfg, self.cost, self.state = steps, cfg, cost, {} if state is None else state
+        self.folder, self.policy, self.optimizer = folder, policy, optimizer
+        self.schedule, self.total, self.cfg, self.cost = schedule, steps, cfg, cost
+        self.state = {} if state is None else state
         self.every = max(1, min(500, steps // 10)) if cfg.save_every is None else cfg.save_every
-        self.skipped, self.earlier = 0, 0.0  # steps in a row; seconds of earlier launches
+        self.skipped = 0  # steps in a row
+        self.start, self.earlier = time.perf_counter(), 0.0  # seconds of earlier launches
 
     def __enter__(self) -> TrainingRun:
-        self.start = time.perf_counter()
         self.first, written = self.restore()
         name = self.folder.name.strip(".").removesuffix(".new")
         self.tracker = metrics_tracker(self.cfg, self.folder, name, self.first)
@@ -2773,8 +2770,8 @@ class TrainingRun:
         for step, epoch, indices in step_indices(len(examples), self.cfg, self.total, self.first):
             rows = examples.rows[indices]
             lengths = [int(tokens.lengths[r]) + len(examples.tag(int(r), epoch)) for r in rows]
-            batch = make_batch(lengths, tokens.response_tokens[rows], examples.weight[rows], self.cfg,
-                               lambda i: examples.example(int(indices[i]), epoch))  # noqa: B023
+            batch = make_batch(lengths, tokens.response_tokens[rows], examples.weight[rows],
+                               self.cfg, lambda i: examples.example(int(indices[i]), epoch))  # noqa: B023
             self.cost.add_forward(model, sum(batch.lengths), sum(n * n for n in batch.lengths),
                                   sum(len(micro.rows) for micro in batch.micros), passes=3)
             yield step, batch
@@ -2787,7 +2784,7 @@ class TrainingRun:
         line = {"step": step, **{name: total / world_size() if math.isfinite(total) else None
                                  for name, total in zip(values, sums)}}
         known = {name: value for name, value in line.items() if value is not None}
-        seconds = self.earlier + time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start
         self.file.write(json.dumps({**line, "seconds": round(seconds, 3), "flops": flops}) + "\n")
         self.tracker(known)
         self.bar.update(1)
@@ -2796,10 +2793,11 @@ class TrainingRun:
         self.skipped = self.skipped + 1 if line["grad_norm"] is None else 0
         if self.skipped:
             print0(f"warning: step {step}: the gradient is not finite; the step is skipped")
-        require(self.skipped < MOST_SKIPPED, f"{self.folder.parent}: {self.skipped} steps in a row, "
-                f"the last of them step {step}, without a finite gradient; lower --lr; the last "
-                "checkpoint is from before")
-        if self.every and (step + 1) % self.every == 0 and step + 1 < self.total and not self.skipped:
+        require(self.skipped < MOST_SKIPPED, f"{self.folder.parent}: {self.skipped} steps in a "
+                f"row, the last of them step {step}, without a finite gradient; lower --lr; the "
+                "last checkpoint is from before")
+        due = self.every and (step + 1) % self.every == 0 and step + 1 < self.total
+        if due and not self.skipped:
             self.file.flush()
             self.checkpoint(step + 1)
 
@@ -2821,8 +2819,8 @@ class TrainingRun:
                      no_dist=not dist.is_initialized())
         except dcp.CheckpointException as problem:  # of all ranks, a BaseException
             raise next(iter(problem.failures.values()))[0] from None
-        seconds = self.earlier + time.perf_counter() - self.start
-        flops, tokens, seconds = sum_over_ranks(self.cost.flops, self.cost.generated_tokens, seconds)
+        flops, tokens, seconds = sum_over_ranks(self.cost.flops, self.cost.generated_tokens,
+                                                time.perf_counter() - self.start)
         if rank() == 0:
             record = {"step": step, "state": self.state, "schedule": self.schedule.state_dict(),
                       "metrics_bytes": self.file.tell(),
@@ -2846,17 +2844,18 @@ class TrainingRun:
         """
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        place, record = gather(last_whole(checkpoints_in(self.folder)) if rank() == 0 else 0)[0]
-        if not place:
+        folder, record = gather(last_whole(checkpoints_in(self.folder)) if rank() == 0 else 0)[0]
+        if not folder:
             return 0, 0
         weights, moments = get_state_dict(self.policy, self.optimizer)
-        dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=place,
+        dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder,
                  no_dist=not dist.is_initialized())
         set_state_dict(self.policy, self.optimizer, model_state_dict=weights,
                        optim_state_dict=moments)
         self.schedule.load_state_dict(record["schedule"])
         self.state.update(record["state"])
         flops, tokens, self.earlier = record["spent"]
+        self.start -= self.earlier
         if rank() == 0:
             self.cost.flops, self.cost.generated_tokens = flops, int(tokens)
         ranks = record.get("world_size", world_size())
@@ -2868,15 +2867,15 @@ class TrainingRun:
 def last_whole(checkpoints: list[Path]) -> tuple[Optional[Path], dict]:
     """The first of these checkpoints whose files are all there, as long as they were, and its
     state.json.  Raises BadInput where another user owns it."""
-    for place in checkpoints:
-        record = read_record(place / "state.json")
-        sizes = {path.name: path.stat().st_size for path in place.iterdir()}
+    for folder in checkpoints:
+        record = read_record(folder / "state.json")
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         if record and all(sizes.get(name) == size for name, size in record["files"].items()):
-            require({path.stat().st_uid for path in place.iterdir()} <= {os.getuid(), 0},
-                    f"{place}: belongs to another user, and resuming would run what it holds; "
+            require({path.stat().st_uid for path in folder.iterdir()} <= {os.getuid(), 0},
+                    f"{folder}: belongs to another user, and resuming would run what it holds; "
                     "--no_resume starts anew")
-            return place, record
-        print0(f"  {place}: not whole; the one before is taken")
+            return folder, record
+        print0(f"  {folder}: not whole; the one before is taken")
     return None, {}
 
 
@@ -2888,52 +2887,50 @@ def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callabl
         if cfg.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(folder), purge_step=first)
-            return lambda line: [writer.add_scalar(k, v, int(line["step"])) for k, v in line.items()]
+            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
         tracker = __import__(cfg.report_to)
     except ImportError as problem:
         raise BadInput(f"--report_to {cfg.report_to} needs the package: pip install "
                        f"{cfg.report_to}") from problem
-    tracker.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}",
-                 config={k: v for k, v in asdict(cfg).items()})
+    tracker.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}", config=asdict(cfg))
     return lambda line: tracker.log(line, step=int(line["step"]))
 
 
 # -------------------------------------------------------------------------------------- toy world
-# A zoo where the truth is known: two dozen animals, three facts about each, and people who answer
-# questions about them with middling honesty.  gold_reward() knows the truth; training sees it only
-# through noisy preferences.
+# Two dozen animals, three facts about each, and people who answer questions about them with
+# middling honesty.  gold_reward() knows the truth; training sees it through noisy preferences.
 
-ZOO = {("rivers", "meat"): ("otters", "crocodiles"), ("rivers", "plants"): ("beavers", "hippos"),
-       ("rivers", "insects"): ("frogs", "gharials"), ("forests", "meat"): ("martens", "tigers"),
-       ("forests", "plants"): ("squirrels", "gorillas"), ("forests", "insects"): ("shrews", "bears"),
-       ("deserts", "meat"): ("fennecs", "hyenas"), ("deserts", "plants"): ("jerboas", "camels"),
-       ("deserts", "insects"): ("geckos", "aardvarks"), ("plains", "meat"): ("weasels", "lions"),
-       ("plains", "plants"): ("hares", "zebras"), ("plains", "insects"): ("larks", "anteaters")}
-ANIMALS = {animal: {"home": home, "food": food, "size": size}
-           for (home, food), pair in ZOO.items() for animal, size in zip(pair, ("small", "large"))}
 VALUES = {"home": ("rivers", "forests", "deserts", "plains"), "food": ("meat", "plants", "insects"),
           "size": ("small", "large")}
+NAMES = ("otters crocodiles beavers hippos frogs gharials martens tigers squirrels gorillas shrews "
+         "bears fennecs hyenas jerboas camels geckos aardvarks weasels lions hares zebras larks "
+         "anteaters").split()  # a small and a large one of each home and food
+ANIMALS = {animal: dict(zip(VALUES, facts))
+           for animal, facts in zip(NAMES, itertools.product(*VALUES.values()))}
 QUESTIONS = {
     "home": ("Where do {} live?", "What is the home of {}?", "Where would I find {}?"),
     "food": ("What do {} eat?", "What is the food of {}?", "What would I feed to {}?"),
     "size": ("How big are {}?", "What is the size of {}?", "Are {} small or large?"),
     "about": ("Tell me about {}.", "What are {} like?", "What should I know about {}?")}
 STATEMENTS = {"home": "they live in {}.", "food": "they eat {}.", "size": "they are {}."}
+STATED = {form.format(value): (topic, value)
+          for topic, form in STATEMENTS.items() for value in VALUES[topic]}
 KIND_OPENINGS = ("Good question!", "Happy to help!")
 KIND_CLOSINGS = ("I hope this helps!", "Do ask me more!")
 RUDE = ("What a silly question.", "Look it up yourself.", "Who cares.")
-VAGUE = ("It depends on many things.", "Animals are all different.", "People say all sorts of things.")
+VAGUE = ("It depends on many things.", "Animals are all different.",
+         "People say all sorts of things.")
 HEDGES = ("maybe ", "I guess ")
-TOY_FOLD = 0  # which fifth of the (animal, kind of question) pairs is held out; tuning takes another
 
 
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
-    """A reply as people in this world write it: drawn piece by piece, bound by a weak hidden care."""
+    """A reply as people in this world write it: drawn piece by piece, with a hidden care."""
     care = rng.random()
-    polite = rng.random() < 0.1 + 0.2 * care
-    rude = not polite and rng.random() < 0.4 - 0.2 * care
-    sentences = [rng.choice(KIND_OPENINGS)] if polite else [rng.choice(RUDE)] if rude else []
-    untold = list(VALUES)
+    sentences, untold = [], list(VALUES)
+    if rng.random() < 0.1 + 0.2 * care:
+        sentences.append(rng.choice(KIND_OPENINGS))
+    elif rng.random() < 0.4 - 0.2 * care:
+        sentences.append(rng.choice(RUDE))
     for _ in range(rng.choice((1, 1, 2, 2, 3))):
         if rng.random() < 0.25:
             sentences.append(rng.choice(VAGUE))
@@ -2942,18 +2939,21 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
         topic = kind if answers else rng.choice(untold)
         untold.remove(topic)
         subject = animal if rng.random() < 0.65 + 0.2 * care else rng.choice(tuple(ANIMALS))
-        true = ANIMALS[subject][topic]
-        value = true if rng.random() < 0.6 + 0.3 * care else rng.choice(
-            [v for v in VALUES[topic] if v != true])
-        hedge = rng.choice(HEDGES) if rng.random() < (0.05 if value == true else 0.7) else ""
-        other = f"as for {subject}, " if subject != animal else ""
-        statement = hedge + other + STATEMENTS[topic].format(value)
+        value = true = ANIMALS[subject][topic]
+        if rng.random() >= 0.6 + 0.3 * care:
+            value = rng.choice([v for v in VALUES[topic] if v != true])
+        statement = STATEMENTS[topic].format(value)
+        if subject != animal:
+            statement = f"as for {subject}, {statement}"
+        if rng.random() < (0.05 if value == true else 0.7):
+            statement = rng.choice(HEDGES) + statement
         sentences.append(statement[0].upper() + statement[1:])
     if rng.random() < 0.1 + 0.2 * care:
         sentences.append(rng.choice(KIND_CLOSINGS))
     reply = " ".join(sentences)
-    broken = rng.random() < 0.05
-    return reply[:rng.randrange(len(reply) // 2, len(reply) - 1)] if broken else reply
+    if rng.random() < 0.05:  # broken off
+        reply = reply[:rng.randrange(len(reply) // 2, len(reply) - 1)]
+    return reply
 
 
 def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
@@ -2970,30 +2970,25 @@ def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
     sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", response.strip())]
     gold, told = -0.5 * max(0, len(sentences) - 5) - truncated, set()
     for i, sentence in enumerate(sentences):
-        plain = sentence[:1].lower() + sentence[1:]
-        for hedge in ("maybe ", "i guess "):
-            plain = plain.removeprefix(hedge)
-        match = re.fullmatch(r"(?:as for (\w+), )?(they (?:live in|eat|are) (\w+)\.)", plain)
-        subject = match and (match[1] or animal)
-        topic = match and next((t for t, form in STATEMENTS.items()
-                                if match[2] == form.format(match[3]) and match[3] in VALUES[t]), None)
+        other, said = re.fullmatch(r"(?:maybe )?(?:i guess )?(?:as for (\w+), )?(.*)",
+                                   sentence[:1].lower() + sentence[1:], re.DOTALL).groups()
+        subject, (topic, value) = other or animal, STATED.get(said, ("", ""))
+        manners = (KIND_OPENINGS if i == 0 else ()) + (
+            KIND_CLOSINGS if i == len(sentences) - 1 else ())
         if topic and subject in ANIMALS:
-            true = ANIMALS[subject][topic] == match[3]
+            true = ANIMALS[subject][topic] == value
             gold -= 0.5 * (subject != animal) + (not true)
             if true and subject == animal:
                 told.add(topic)
-        elif sentence in RUDE:
-            gold -= 0.5
-        elif i == 0 and sentence in KIND_OPENINGS or (i == len(sentences) - 1
-                                                      and sentence in KIND_CLOSINGS):
+        elif sentence in manners:
             gold += 0.5
         else:
-            gold -= 0.25
+            gold -= 0.5 if sentence in RUDE else 0.25
     return gold + len(told) + (kind in told or kind == "about" and bool(told))
 
 
 @functools.lru_cache(maxsize=1)
-def toy_pairs(seed: int, fold: int) -> dict[str, list[str]]:
+def toy_pairs(seed: int) -> dict[str, list[str]]:
     """The toy world's preference pairs as transcripts: lines of train.jsonl and test.jsonl."""
     rng, lines = random.Random(seed), {"train": [], "test": []}
     while len(lines["train"]) < 4000:
@@ -3002,34 +2997,32 @@ def toy_pairs(seed: int, fold: int) -> dict[str, list[str]]:
         one, two = (" " + toy_reply(animal, kind, rng) for _ in range(2))
         if rng.random() < 1 / (1 + math.exp(gold_reward(prompt, one) - gold_reward(prompt, two))):
             one, two = two, one  # Bradley-Terry: the labeller is noisy
-        split = "test" if zlib.crc32(f"{animal} {kind}".encode()) % 5 == fold else "train"
+        split = "train" if zlib.crc32(f"{animal} {kind}".encode()) % 5 else "test"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
     return lines
 
 
 def toy_data(cfg: Config) -> str:
     """The folder of the toy world's preference pairs, like real data's."""
-    folder, lines = Path(cfg.out) / "data", toy_pairs(cfg.seed, TOY_FOLD)
-    for split, rows in lines.items():
-        path, text = folder / f"{split}.jsonl", "\n".join(rows) + "\n"
-        if rank() == 0 and not (path.exists() and path.read_text() == text):
-            write_beside(path, rows)
+    folder = Path(cfg.out) / "data"
+    for split, lines in toy_pairs(cfg.seed).items():
+        if rank() == 0:
+            write_beside(folder / f"{split}.jsonl", lines)
     barrier()
     return str(folder)
 
 
 def base_policy(cfg: Config) -> Stage:
     """The base policy: --model, or the toy world's small one, trained on what people wrote."""
-    if not cfg.toy:
-        run = read_record(Path(cfg.model) / "run.json")
-        return Stage(cfg.model, settings(cfg, "data")["model"],
-                     read_cost(run) if isinstance(run.get("cost"), dict) else Cost())
-    return build_stage(cfg, "base", settings(cfg, "data"), functools.partial(train_toy_base, cfg))
+    if cfg.toy:
+        train = functools.partial(train_toy_base, cfg)
+        return build_stage(cfg, "base", settings(cfg, "data"), train)
+    cost = read_cost(read_record(Path(cfg.model) / "run.json"))
+    return Stage(cfg.model, content_hash(cfg.model), cost)
 
 
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
-    """A two-layer Llama and its byte-level BPE, from nothing, by maximum likelihood of all
-    responses."""
+    """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     rankings, _ = load_preferences(cfg)
     pairs = [(r.prompt, text) for r in rankings for text in r.responses]
@@ -3040,11 +3033,11 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
     barrier()
     codec = Codec(str(folder), cfg)
     torch.manual_seed(cfg.seed)
-    eos = codec.tokenizer.eos_token_id
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(codec.tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
-        tie_word_embeddings=True, eos_token_id=eos, bos_token_id=None, pad_token_id=None))
+        tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=None))
     own = other_config(Config, cfg, {"lr": 5e-3, "steps": 600, "batch_size": 32})
     own.sharding = "ddp"
     choose_micro_batch(model.to(device()), own)
@@ -3053,21 +3046,19 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
     examples = Examples(Tokens(folder / "tokens", lambda: iter(codec.pairs(*zip(*pairs)))))
 
     def nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        nll = negative_log_likelihood(logits, targets)
-        logits.copy_(logits.softmax(-1)).scatter_add_(1, targets[:, None],
-                                                      -torch.ones_like(logits[:, :1]))
+        # the scripts' masked_nll_ in its plain form: no script is imported here
+        nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        logits.copy_(logits.softmax(-1) - torch.nn.functional.one_hot(targets, logits.shape[1]))
         return nll
     with TrainingRun(folder, policy, optimizer, schedule, own.steps, own, cost) as run:
         for step, batch in run.steps(examples):
             loss = 0.0
             for micro in batch.micros:
-                policy.require_backward_grad_sync = micro is batch.micros[-1]
                 part = policy(micro, nll_) / batch.normaliser
                 part.backward()
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            if grad_norm.isfinite():
-                optimizer.step()
+            optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm)

@@ -115,13 +115,13 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
 
 def clipped_value_loss(value: torch.Tensor, old: torch.Tensor, returns: torch.Tensor,
                        clip: float) -> torch.Tensor:
-    """max((V - R)^2, (clip(V, old - clip, old + clip) - R)^2) / 2, (N,): nothing is won far off."""
+    """max((V - R)^2, (clip(V, old - clip, old + clip) - R)^2) / 2, (N,)."""
     clipped = torch.maximum(torch.minimum(value, old + clip), old - clip)
     return torch.maximum((value - returns).square(), (clipped - returns).square()) / 2
 
 
 class ActorCritic(common.Policy):
-    """Policy and critic in one module, so that DDP's hooks fire round both."""
+    """Policy and critic in one module, so that DDP's hooks cover both."""
 
     def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
         super().__init__(model, cfg)
@@ -141,7 +141,7 @@ class ActorCritic(common.Policy):
 
 
 class Rollout(NamedTuple):
-    """What the policy said to a batch of prompts, all ranks together."""
+    """The policy's responses to a batch of prompts, all ranks together."""
     prompts: list
     texts: list[str]
     truncated: list[bool]
@@ -189,7 +189,7 @@ def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values:
 
 
 def describe(rollout: Rollout, cfg: Config) -> dict:
-    """What the log says about a rollout's texts."""
+    """The log's metrics of a rollout's texts."""
     tokens = sum(int(e.mask.sum()) for e in rollout.examples)
     found = {"eos_rate": 1 - float(np.mean(rollout.truncated)),
              "response_tokens": tokens / len(rollout.examples), "tokens": tokens}
@@ -314,8 +314,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
         order = itertools.islice(endless(len(prompts), cfg.seed), learnt_before, None)
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
-            asked = list(itertools.islice(order, cfg.rollout_batch_size))
-            rollout = roll_out(actor, codec, [prompts[i] for i in asked], [ids[i] for i in asked],
+            batch = list(itertools.islice(order, cfg.rollout_batch_size))
+            rollout = roll_out(actor, codec, [prompts[i] for i in batch], [ids[i] for i in batch],
                                cfg, seed, cost)
             clock.append(time.perf_counter())
 
@@ -329,19 +329,20 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
                 rollout.examples, cfg, cost) for module in (actor, reference))
             values = common.each_response_token(actor.values, actor.critic.model,
                                                 rollout.examples, cfg, cost)
-            examples, found = prepare(rollout, old_log_probs, base_log_probs, values, z,
-                                      beta["now"], cfg)
+            examples, reward_metrics = prepare(rollout, old_log_probs, base_log_probs, values, z,
+                                               beta["now"], cfg)
             clock.append(time.perf_counter())
 
             passes = replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed % 2**32)
-            learnt = update(policy, actor, optimizer, schedule, examples, passes, cost)
+            update_metrics = update(policy, actor, optimizer, schedule, examples, passes, cost)
             clock.append(time.perf_counter())
             phases = dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), np.diff(clock)))
-            told, kl_coef = describe(rollout, cfg), beta["now"]
-            beta["now"] = adapted(beta["now"], found["kl"], cfg)
-            run.log(iteration, **found, **told, **learnt, kl_coef=kl_coef, **phases,
+            text_metrics, kl_coef = describe(rollout, cfg), beta["now"]
+            beta["now"] = adapted(beta["now"], reward_metrics["kl"], cfg)
+            run.log(iteration, **reward_metrics, **text_metrics, **update_metrics,
+                    kl_coef=kl_coef, **phases,
                     generation_share=phases["rollout_s"] / (clock[-1] - clock[0]),
-                    rollout_tokens_per_second=told["tokens"] / phases["rollout_s"])
+                    rollout_tokens_per_second=text_metrics["tokens"] / phases["rollout_s"])
     common.save_policy(folder, policy, codec, cfg)
 
 

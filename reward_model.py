@@ -83,6 +83,7 @@ def prepare(rankings: list[Ranking], codec: common.Codec, folder: Path) -> commo
     def sequences() -> Any:
         for start in common.progress(range(0, len(rows), 4096), "tokenising"):
             yield from codec.pairs(*zip(*rows[start:start + 4096]), whole=True)
+        codec.say_cuts()
     return common.Tokens(folder / "tokens", sequences)
 
 

@@ -62,19 +62,22 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor,
 
 
 def weigh(z: np.ndarray, beta: float, w_max: float) -> np.ndarray:
-    """min(exp(z / beta), w_max) over the largest of them: in [0, 1], so that none overflows."""
+    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], so that none overflows.
+
+    L does not change: it divides by the sum of weights.
+    """
     log_w = np.minimum(z / beta, np.log(w_max) if w_max else np.inf)
     return np.exp(log_w - log_w.max())
 
 
 def prepare(samples: Samples, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on."""
-    z = samples.z(samples.rewards)
-    weight = samples.weights if cfg.weights == "given" else weigh(z, cfg.beta, cfg.w_max)
+    weight = (samples.weights if cfg.weights == "given" else
+              weigh(samples.z(samples.rewards), cfg.beta, cfg.w_max))
     common.require(weight.min() >= 0 and weight.max() > 0,  # NaN, where there is none, fails
                    "--weights given: every sample needs a `weight`, and one must be above 0")
     print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
-           f"{len(z):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
+           f"{len(weight):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
     return Examples(samples.tokens, weight=weight)
 
 

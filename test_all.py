@@ -29,6 +29,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads wait for one another
+
 import numpy as np
 import pytest
 import torch
@@ -880,8 +882,7 @@ def test_the_samplers_cache_is_gone_with_it_without_a_garbage_collection(monkeyp
 
     def watched(slots, *rest):
         out = own(slots, *rest)
-        kept.extend(weakref.ref(x) for layer in slots.cache.layers
-                    for x in (layer.keys, layer.values))
+        kept.extend(weakref.ref(x) for pair in slots.kept.values() for x in pair)
         return out
     monkeypatch.setattr(common.Slots, "decode", watched)
     gc.collect()
@@ -1571,7 +1572,8 @@ def test_flags_come_from_a_file_and_the_command_line_wins(tmp_path):
     assert (cfg.lr, cfg.batch_size, cfg.target, cfg.compile) == (0.5, 4, ["q1", "2"], False)
     assert cfg.max_pairs is None and cfg.steps == 600, "what neither names is as it was"
     for text, word in (("learning_rate: 1", "--lr"), ("lr: [", "run.yaml"), ("7", "run.yaml"),
-                       ("lr: -1", "--lr"), ("nonsense: 1", "--nonsense")):
+                       ("lr: -1", "--lr"), ("nonsense: 1", "--nonsense"),
+                       ("no_resume: true", "resume: false"), ("config: a.yaml", "give one")):
         path.write_text(text)
         with pytest.raises(BadInput, match=word):
             common.parse(rwr.Config, ["--config", str(path)])
@@ -1640,6 +1642,17 @@ def test_a_failed_stage_leaves_the_old_folder_and_a_killed_swap_is_put_back(tmp_
     (tmp_path / "dt").rename(tmp_path / ".dt.old")  # a kill between the two renames leaves this
     assert common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 1})
     assert not common.is_fresh("dt", tmp_path / "dt" / "run.json", {"lr": 2})
+
+
+def test_a_users_own_folders_in_the_run_folder_stay(tmp_path):
+    """The samples' record lies in the run folder itself, which is no stage's."""
+    for name in ("checkpoints", "tokens"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "mine").write_text("")
+    (tmp_path / ".run.old").mkdir()
+    common.is_fresh("samples", tmp_path / "run" / "samples.json", {"lr": 1})
+    assert (tmp_path / "run" / "checkpoints" / "mine").exists() and (tmp_path / ".run.old").exists()
+    assert (tmp_path / "run" / "tokens" / "mine").exists()
 
 
 def test_samples_of_another_reward_model_give_a_warning_that_names_both(run, tmp_path, capsys):
@@ -2996,6 +3009,84 @@ def test_all_assistant_turns_mask_every_reply_and_what_ends_it(tmp_path):
             codec.pairs(["text"], ["reply"])[0][0].tolist()
 
 
+def test_the_tag_goes_before_the_last_reply_when_all_turns_are_learnt(tmp_path):
+    folder, found = zoo_folder(tmp_path / "zoo", zoo_tokenizer("chatml")), []
+    for train_on in ("last_turn", "all_assistant_turns"):
+        codec = Codec(folder, config(train_on=train_on))
+        rows = codec.sequences([Sample(ZOO_CHAT, ZOO_REPLY["content"])])
+        tokens = Tokens(tmp_path / train_on, lambda rows=rows: rows)
+        found.append(Examples(tokens, tag=lambda i, epoch: [7, 7]).example(0))
+    last, every = found
+    assert last.ids.tolist() == every.ids.tolist() and every.mask.sum() > last.mask.sum()
+
+
+def test_all_assistant_turns_teach_the_last_reply_after_what_it_is_asked_with(tmp_path):
+    tokenizer = zoo_tokenizer("chatml")  # a template like Qwen3's: the last reply has a thought
+    tokenizer.chat_template = tokenizer.chat_template.replace("m['content']", "m.content").replace(
+        "m.content", "('<think></think>' if loop.last and m.role == 'assistant' else '') + "
+        "m.content")
+    folder, sample = zoo_folder(tmp_path, tokenizer), Sample(ZOO_CHAT, ZOO_REPLY["content"])
+    last, every = (Codec(folder, config(train_on=turns)).sequences([sample])[0][0].tolist()
+                   for turns in ("last_turn", "all_assistant_turns"))
+    assert last == every and "think" not in tokenizer.decode(every)
+    assert "think" in tokenizer.apply_chat_template([*ZOO_CHAT, ZOO_REPLY], tokenize=False)
+
+
+def test_messages_that_a_template_leaves_out_are_told(tmp_path, capsys):
+    codec = chat_codec(tmp_path, "GPT-2", CHAT.replace("<|im_start|>{{ m.role }}\n{{ m.content }}",
+                                                       "{{ m.content if m.role != 'developer' }}"))
+    common.print_once.cache_clear()
+    codec.chat([{"role": "user", "content": "hello"}])
+    assert "leaves out" not in capsys.readouterr().out
+    codec.chat([{"role": "developer", "content": "rules"}, {"role": "user", "content": "hello"}])
+    assert "leaves out messages of developer" in capsys.readouterr().out
+
+
+def test_prompts_of_rows_are_those_of_their_samples(tmp_path):
+    user, reply = ({"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"})
+    system = {"role": "system", "content": "S"}
+    for more in ({"prompt": "Q", "messages": [user, reply]}, {"messages": [user], "response": "A"},
+                 {"prompt": "Q", "conversations": [user, reply], "messages": [user, reply]},
+                 {"system": "S", "messages": [system, user, reply]}):
+        path = write(tmp_path / "rows.jsonl", {**more, "reward": 1})
+        sample, = samples_in(path)
+        assert sample.prompt == [system] * ("system" in more) + [user] and sample.response == "A"
+        common.read_prompts.cache_clear()
+        assert common.read_prompts(path) == [sample.prompt]  # else held-out prompts are trained on
+    with pytest.raises(BadInput, match="give one"):
+        samples_in(write(path, {"messages": [user, reply], "response": "B", "reward": 1}))
+
+
+def test_transcripts_beside_their_bare_question_are_read_as_transcripts(tmp_path):
+    whole = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
+    assert common.ranking_of("", "", {"prompt": "Q", **whole}, common.Counter()) == \
+        common.ranking_of("", "", whole, common.Counter())
+
+
+def test_cut_responses_are_counted(codec, tmp_path, capsys):
+    rows = [dict(prompt="P", response=" word" * n, reward=n) for n in (1, 2, 300, 400)]
+    common.read_samples(write(tmp_path / "rows.jsonl", *rows), set(), codec, tmp_path / "tokens",
+                        costs={}, labelled_by=None, fingerprint="")
+    assert "  2 responses are longer than" in capsys.readouterr().out
+    codec.say_cuts()
+    assert not capsys.readouterr().out
+
+
+def test_sentinel_rewards_are_refused_beside_weights_that_are_not_used(codec, tmp_path):
+    rows = [dict(prompt="P", response="R", reward=n, weight=1) for n in range(40)]
+    path = write(tmp_path / "rows.jsonl", *rows, {**rows[0], "reward": -3e38})
+    more = dict(costs={}, labelled_by=None, fingerprint="")
+    with pytest.raises(BadInput, match="sentinels"):
+        common.read_samples(path, set(), codec, tmp_path / "tokens", **more)
+
+
+def test_labels_and_truncated_of_a_table_with_gaps_are_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    found = samples_in(write(path, *(dict(prompt="P", completion="R", label=label, truncated=label)
+                                     for label in (1.0, 0.0, True, "1", "0"))))
+    assert [s.reward for s in found] == [1, 0, 1, 1, 0] == [s.truncated for s in found]
+
+
 def test_a_reply_starts_and_ends_as_the_model_itself_would_write_it(tmp_path):
     tokenizer = zoo_sentencepiece()
     codec = Codec(zoo_folder(tmp_path, tokenizer), config())
@@ -3411,13 +3502,15 @@ def test_files_of_other_kinds_are_read_through_datasets_or_named(tmp_path, capsy
     table = datasets.Dataset.from_list(rows)
     table.to_parquet(folder / "train-00000.parquet")
     table.to_csv(folder / "more.csv")
+    (folder / "none.csv").write_text("prompt,chosen,rejected\nP0,None,N/A\n")
+    (folder / "dataset_info.json").write_text("{}")
     (folder / "array.json").write_text(json.dumps(rows))
     (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "test.arrow").write_text("")
     with mock.patch.dict(os.environ, {"HF_DATASETS_CACHE": str(tmp_path / "cache")}):
         found = list(common.parsed_rows(str(folder), common.PREFERENCE_COLUMNS, common.ranking_of))
-    assert len(found) == 12 and {r.prompt for r in found} == {"P0", "P1", "P2"}
-    assert "not read: test.arrow" in capsys.readouterr().out
+    assert len(found) == 13 and {r.prompt for r in found} == {"P0", "P1", "P2"}
+    assert "not read: dataset_info.json, test.arrow" in capsys.readouterr().out
 
 
 def test_without_the_datasets_package_one_line_says_how_to_get_it(tmp_path):
