@@ -806,8 +806,8 @@ class Codec:
     def say_cuts(self) -> None:
         """Says how many responses were cut since the last time."""
         if self.cuts:
-            print0(f"  {self.cuts:,} responses are longer than {self.cfg.max_response_tokens} tokens"
-                   " and were cut; after them no end is taught")
+            print0(f"  {self.cuts:,} responses are longer than {self.cfg.max_response_tokens} "
+                   "tokens and were cut; after them no end is taught")
         self.cuts = 0
 
     def _shorten(self, messages: list[dict], most: int) -> list[dict]:
@@ -1164,11 +1164,12 @@ def messages_of(place: str, name: str, value: Any) -> list[dict]:
             content = "".join(p["text"] for p in content)
         more = any(map(m.get, (*UNREADABLE, "function_call", "reasoning_content", "reasoning",
                                "thinking")))
+        more = more or m.get("weight") == 0 or m.get("train") is False  # a turn not to be learnt
         if isinstance(content, str) and str(role) in ROLES and not more:
             found.append({"role": ROLES[role], "content": content})
     require(found and len(found) == len(value), f'{place}: the field {name!r} must be text or a '
-            'list of {"role", "content"} messages of text; tool calls, thoughts and images are not '
-            'read')
+            'list of {"role", "content"} messages of text; tool calls, thoughts, images and turns '
+            'without weight are not read')
     return found
 
 
@@ -2530,6 +2531,8 @@ def rows_to_label(cfg: Config, held_out: set[int]) -> list[Sample]:
         rows = list(parsed_rows(cfg.responses, SAMPLE_COLUMNS - {"reward", "label", "weight"},
                                 unseen(sample_of, held_out)))
         require(rows, f"{cfg.responses}: no response to a prompt that is not held out")
+        if cfg.prompts or cfg.samples_per_prompt > 1:
+            print0("  --responses are labelled, nothing is generated: --prompts are to evaluate on")
         return rows
     rows = []
     if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
