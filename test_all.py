@@ -3064,6 +3064,7 @@ def test_transcripts_beside_their_bare_question_are_read_as_transcripts(tmp_path
 
 
 def test_cut_responses_are_counted(codec, tmp_path, capsys):
+    codec.say_cuts()  # of the tests before, which share it
     rows = [dict(prompt="P", response=" word" * n, reward=n) for n in (1, 2, 300, 400)]
     common.read_samples(write(tmp_path / "rows.jsonl", *rows), set(), codec, tmp_path / "tokens",
                         costs={}, labelled_by=None, fingerprint="")
