@@ -183,7 +183,7 @@ def sharded_error(bench: Bench, dtype: str) -> dict:
 
 
 def loss(bench: Bench) -> None:
-    """GPU.md's shapes, each contender in turn, beside the GEMMs that none can do without."""
+    """Heads of language models, each contender in turn, beside the GEMMs that all of them need."""
     torch._dynamo.config.recompile_limit = 64  # a contender's code is compiled for each shape
     cells = bench.few(
         [("nll", 16384, 4096, 128256, 1.0), ("nll", 16384, 4096, 128256, 0.4),
