@@ -325,6 +325,11 @@ class Config:
                 "--preferences, or --samples, or --prompts or --responses with --reward_model")
 
     @property
+    def forward_tokens(self) -> int:
+        """Tokens that a forward may hold: --micro_batch_tokens, or 8,192 while it has no value."""
+        return self.micro_batch_tokens or 8192
+
+    @property
     def toy(self) -> bool:
         """Whether the embedded toy world is meant."""
         return self.model is None and self.preferences is None
@@ -1482,7 +1487,7 @@ def make_batch(lengths: list[int], response_tokens: Any, weights: Any, cfg: Conf
                read: Callable[[int], Example]) -> Batch:
     """A step over examples of these lengths, numbers of response tokens, and weights; read(i) is
     called for this rank's share alone."""
-    shares = shard_micro_batches(lengths, cfg.micro_batch_tokens or 8192)
+    shares = shard_micro_batches(lengths, cfg.forward_tokens)
     micros = [collate([read(i) for i in share or [0]], learnt=bool(share)) for share in shares]
     total = float(np.dot(weights, response_tokens))
     return Batch(micros, [lengths[i] for share in shares for i in share],
@@ -1632,15 +1637,20 @@ def enable_packing(model: Any) -> Any:
     return model
 
 
+def body_of(model: Any) -> Any:
+    """The model without its head; Llama 4's class calls the whole of itself its base model."""
+    return model.base_model if model.base_model is not model else model.model
+
+
 def read_packed(model: Any, ids: torch.Tensor, lengths: list[int], **more: Any) -> torch.Tensor:
     """The body's last hidden states (T, D) of packed sequences, ids (T,)."""
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
-    body = model.base_model if model.base_model is not model else model.model
-    return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
-                cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
-                **{"use_cache": False, **more}).last_hidden_state[0]
+    return body_of(model)(
+        input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends, cu_seq_lens_k=ends,
+        max_length_q=max(lengths), max_length_k=max(lengths),
+        **{"use_cache": False, **more}).last_hidden_state[0]
 
 
 def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -1650,8 +1660,7 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Te
         return read_packed(model, ids, lengths)
     # padding comes after a sequence, where causal attention does not look: no mask is needed
     padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
-    body = model.base_model if model.base_model is not model else model.model
-    hidden = body(input_ids=padded, use_cache=False).last_hidden_state          # (S, longest, D)
+    hidden = body_of(model)(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
     return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
 
 
@@ -1754,7 +1763,7 @@ def choose_micro_batch(model: Any, cfg: Config) -> None:
         layer = 2 * shape.hidden_size * (2 if cfg.gradient_checkpointing else 40)  # bytes a token
         tokens = max(1, free / 2 / (layer * shape.num_hidden_layers))
         cfg.micro_batch_tokens = min(gather(2 ** int(min(max(math.log2(tokens), 11), 16))))
-    cfg.micro_batch_tokens = cfg.micro_batch_tokens or 8192
+    cfg.micro_batch_tokens = cfg.forward_tokens
 
 
 def is_sharded(cfg: Config) -> bool:
@@ -2069,7 +2078,7 @@ def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: An
     """What compute(micro-batch) -> (N,) finds of each response token, by `model`, in the examples'
     order on every rank; ranks share the work."""
     found: dict[int, list[float]] = {}
-    budget = FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)
+    budget = FORWARD_ONLY * cfg.forward_tokens
     for share in shard_micro_batches([len(e.ids) for e in examples], budget):
         micro = collate([examples[i] for i in share or [0]], learnt=bool(share))
         cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
@@ -2198,7 +2207,7 @@ def sample_with_slots(model: Any, paths: list, uniform: list, cfg: Config, stop:
     """sample(), for models that read packed sequences; a path is a prompt, or two to guide by."""
     look, block, few = (8, 256, 0.5) if device().type == "cuda" else (4, 32, 0.75)
     most, ways = cfg.max_response_tokens, 1 + bool(guidance)
-    budget = FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)  # tokens read at a time
+    budget = FORWARD_ONLY * cfg.forward_tokens  # tokens read at a time
     longest = max((len(p) for path in paths for p in path), default=0)
     count = slot_count(model, ways * (longest + most), len(paths), cfg)
     slots = Slots(ways * count, -(-(longest + most) // 64) * 64)

@@ -115,7 +115,7 @@ def micro_batches(tokens: common.Tokens, spans: list[range], padding: Optional[i
     """This rank's micro-batches of a step over rankings; a prompt's responses stay together."""
     share = common.world_size() / len(spans)  # DDP averages gradients over ranks
     lengths = [len(span) * int(tokens.lengths[span].max()) for span in spans]
-    local = common.shard_micro_batches(lengths, cfg.micro_batch_tokens or 8192)
+    local = common.shard_micro_batches(lengths, cfg.forward_tokens)
 
     def read(which: list[int]) -> list[list[np.ndarray]]:
         return [[tokens[r][0] for r in spans[i]] for i in which]
@@ -237,7 +237,7 @@ def score(model: RewardModel, codec: common.Codec, cfg: common.Config, prompts: 
     """Raw scores, in the rows' order on every rank; a row's does not depend on its batch."""
     rows = [ids for ids, _ in codec.pairs(prompts, responses, truncated, whole=True)]
     share = range(common.rank(), len(rows), common.world_size())
-    budget = common.FORWARD_ONLY * (cfg.micro_batch_tokens or 8192)
+    budget = common.FORWARD_ONLY * cfg.forward_tokens
     found: dict[int, float] = {}
     groups = common.group_by_token_budget([len(rows[i]) for i in share], budget)
     for group in common.progress(groups, "scoring"):
