@@ -1735,14 +1735,36 @@ class Policy(torch.nn.Module):
             return log_probs(self.model, micro, temperature)
 
 
-def load_policy(name: str, cfg: Config) -> torch.nn.Module:
-    """The policy to train, with float32 weights, wrapped for several ranks."""
-    model = load_for_training(functools.partial(load_model, name), cfg)
+def load_policy(name: str, cfg: Config, codec: Optional[Codec] = None,
+                new_tokens: Iterable[str] = ()) -> torch.nn.Module:
+    """The policy to train, with float32 weights, wrapped for several ranks; new tokens, of which
+    none is ever sampled, are added to the codec's tokenizer, and start as the mean embedding."""
+    first = len(codec.tokenizer) if new_tokens else 0
+    if new_tokens:
+        codec.tokenizer.add_special_tokens({"additional_special_tokens": new_tokens},
+                                           replace_extra_special_tokens=False)
+
+    def load(where: torch.device) -> Any:
+        model = load_model(name, where=where)
+        return add_embeddings(model, first, len(codec.tokenizer)) if new_tokens else model
+    model = load_for_training(load, cfg)
+    if new_tokens:
+        model.generation_config.suppress_tokens = list(range(first, len(codec.tokenizer)))
     shape = model.config.get_text_config()
     if any(getattr(shape, f"{kind}_experts", 0) for kind in ("num", "num_local", "n_routed")):
         print0("  a mixture of experts: its auxiliary loss, which balances the router, is left out")
     choose_micro_batch(model, cfg)
     return wrap_for_ranks(Policy(model, cfg), cfg)
+
+
+@torch.no_grad()
+def add_embeddings(model: Any, first: int, end: int) -> Any:
+    """The model with embeddings for the tokens from `first` to `end`: the mean of those before."""
+    if end > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(end, mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        layer.weight[first:end] = layer.weight[:first].mean(0)
+    return model
 
 
 def load_reference(name: str, cfg: Config) -> Policy:
@@ -1863,6 +1885,14 @@ def whole_copy(model: Any, dtype: torch.dtype, where: torch.device, keep: bool =
             setattr(part, name, buffer.to(where))
     copy.generation_config = model.generation_config
     return copy.eval()
+
+
+def sampling_copy(model: Any, cfg: Config) -> Any:
+    """What to sample from while a model trains: itself, or a whole copy in the compute dtype."""
+    dtype = compute_dtype(cfg)
+    if dtype == torch.float32 and not is_sharded(cfg):
+        return model
+    return whole_copy(model, dtype, device())
 
 
 def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any, Any]:
@@ -2207,6 +2237,7 @@ def sample_with_slots(model: Any, paths: list, uniform: list, cfg: Config, stop:
     """sample(), for models that read packed sequences; a path is a prompt, or two to guide by."""
     look, block, few = (8, 256, 0.5) if device().type == "cuda" else (4, 32, 0.75)
     most, ways = cfg.max_response_tokens, 1 + bool(guidance)
+    never = model.generation_config.suppress_tokens or []
     budget = FORWARD_ONLY * cfg.forward_tokens  # tokens read at a time
     longest = max((len(p) for path in paths for p in path), default=0)
     count = slot_count(model, ways * (longest + most), len(paths), cfg)
@@ -2221,7 +2252,7 @@ def sample_with_slots(model: Any, paths: list, uniform: list, cfg: Config, stop:
         """Every slot's next token; one that has ended writes into the column behind all others."""
         live, here = ~ended, torch.where(ended, most, step)
         logits = slots.decode(model, tokens, live.repeat(ways), seen).logits[:, -1]
-        token, log_p = choose(logits, draws[at, here], cfg, guidance)
+        token, log_p = choose(logits, draws[at, here], cfg, guidance, never)
         said[at, here], log_probs[at, here] = token, log_p
         tokens.copy_(token.repeat(ways))
         step.add_(live)
@@ -2320,7 +2351,8 @@ def sample_with_generate(model: Any, paths: list, uniform: list, cfg: Config, st
             alone = model(first, use_cache=False).logits[0, -1]
             require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
                     "reads padded prompts wrongly; give --slots 1, and --guidance 0")
-        token, log_p = choose(scores, draws[:, len(log_probs)], cfg, guidance)
+        token, log_p = choose(scores, draws[:, len(log_probs)], cfg, guidance,
+                              own.suppress_tokens or [])
         log_probs.append(log_p)
         return torch.full_like(scores, -math.inf).scatter_(1, token.repeat(ways)[:, None], 0.0)
     asked = GenerationConfig(do_sample=False, max_new_tokens=cfg.max_response_tokens,
@@ -2339,12 +2371,14 @@ def sample_with_generate(model: Any, paths: list, uniform: list, cfg: Config, st
     return found
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, cfg: Config,
-           guidance: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided rows."""
+def choose(logits: torch.Tensor, uniform: torch.Tensor, cfg: Config, guidance: float,
+           never: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided rows; `never`
+    are tokens that are not drawn."""
     if guidance:
         conditional, unconditional = logits.float().log_softmax(-1).chunk(2)
         logits = (1 + guidance) * conditional - guidance * unconditional
+    logits[:, never] = -math.inf
     log_p = (logits.float() / (cfg.temperature or 1.0)).log_softmax(-1)                 # (R, V)
     token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform, cfg.top_p)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)
@@ -2585,20 +2619,22 @@ class Variant(NamedTuple):
     """A way to ask a policy: its name, the reward tag, guidance, and the target reward."""
     name: str
     tag: str = ""
+    tag_ids: list[int] = []
     guidance: float = 0.0
     target: Optional[float] = None
 
 
 def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, rm: Optional[Stage],
              samples: Samples, judge: Optional[Callable] = None,
-             needs: tuple = ("reward_model", "generation", "labelling")) -> None:
+             needs: tuple = ("reward_model", "generation", "labelling")) -> dict[str, list[dict]]:
     """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a
     conversation with each.
 
-    `needs` names the stages of samples.costs that the algorithm could not do without.
+    `needs` names the stages of samples.costs that the algorithm could not do without.  Returns the
+    replies of each variant, by its name.
     """
     if not cfg.eval_prompts:
-        return
+        return {}
     name, held_out = Path(policy.folder).name, split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
     needed = {stage: samples.costs[stage] for stage in needs if stage in samples.costs}
@@ -2645,6 +2681,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
         barrier()
     print_conversations(replies)
     print_leaderboard([r for r in rows if r.get("setting") == fingerprint(same)], len(rows))
+    return {variant.name: replies[replies_file(Path(cfg.out), name, variant.name, cfg.seed).stem]
+            for variant in variants}
 
 
 def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
@@ -2659,9 +2697,10 @@ def answer(cfg: Config, sampler: Callable, policy: Stage, prompts: list, variant
     """One response a prompt, with its reward z, true reward (the toy world's, or the judge's) and
     KL to base, the difference of the response's log-probs."""
     codec = Codec(base.folder, cfg)  # a policy's chat template may differ
-    plain, tag = codec.prompts(prompts), codec.continuations([variant.tag])[0]
-    responses = sample(sampler(policy.folder), [p + tag for p in plain], cfg, cfg.seed + 1_000_003,
-                       codec.stop_ids, cost, plain, variant.guidance, what="evaluating")
+    plain = codec.prompts(prompts)
+    tagged = [prompt + variant.tag_ids for prompt in plain]
+    responses = sample(sampler(policy.folder), tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids,
+                       cost, plain, variant.guidance, what="evaluating")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(plain, responses)]
     reference = response_log_probs(sampler(base.folder), examples, cfg, cost)

@@ -7,19 +7,22 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A rounded z_i is appended to the prompt, `{prompt} <rm_score>: 1.52 `, and the response follows; all
-samples are learnt from.  (Hu et al. 2023, arXiv 2308.12050, "conditional alignment"; Chen et al.
-2021, arXiv 2106.01345.)  Some examples go without this tag, so that guidance has its p(. | x) (Ho &
-Salimans 2022, arXiv 2207.12598).  Left out: returns-to-go at each token, as the reward comes once.
+A tag that stands for z_i is appended to the prompt, in the paper `{prompt} <rm_score>: 1.52 `, and
+the response follows; all samples are learnt from.  (Hu et al. 2023, arXiv 2308.12050, "conditional
+alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without this tag, so that
+guidance has its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out: returns-to-go at each
+token, as the reward comes once.
 
     python dt.py                                               the toy world, one CPU
     torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
 """
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 import numpy as np
 import torch
@@ -38,11 +41,15 @@ class Config(common.Config):
                                  "0: none", "[0, 1000]")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some",
                                     "[0, 1)", stage="training")
+    reward_format: Literal["decimal", "digit", "symbol", "token"] = flag(
+        "decimal", "decimal: the paper's ` <rm_score>: 1.52 `; digit: the same with one digit, 4 "
+        "is the mean and 5 a step above it; symbol: that digit alone; token: a new token for each "
+        "eighth of the samples, by reward", toy="digit", stage="training")
     reward_step: float = flag(0.01, "the reward in the tag is rounded to this", "[0.01, inf)",
                               toy=0.5, stage="training")
-    reward_format: Literal["decimal", "digit"] = flag(
-        "decimal", "decimal: 1.52; digit: one symbol, 4 is the mean and 5 a step above it",
-        toy="digit", stage="training")
+    watch_slope: int = flag(16, "held-out prompts answered at a low and a high target before each "
+                            "checkpoint, to see whether the tag is heeded; 0: none", "[0, inf)",
+                            toy=32)
     lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
                      toy=5e-3, stage="training")
     steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
@@ -53,8 +60,8 @@ class Config(common.Config):
         common.require(not any(self.guidance) or self.condition_dropout > 0,
                        "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
         common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
-        common.require(self.reward_format == "decimal" or self.reward_step >= 0.1,
-                       "--reward_format digit has ten steps: "
+        common.require(self.reward_format in ("decimal", "token") or self.reward_step >= 0.1,
+                       f"--reward_format {self.reward_format} has ten steps: "
                        f"{self.reward_step} is too small a --reward_step")
         for target in self.target:
             target_reward(target, np.zeros(1))  # a mistyped one fails here, before any training
@@ -79,30 +86,56 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-def reward_tag(z: Optional[float], cfg: Config) -> str:
-    """What stands between prompt and response, in training and sampling alike; None: nothing."""
+TOKENS = [f"<|reward_{i}|>" for i in range(8)]
+
+
+def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
+    """What stands between prompt and response, in training and sampling alike; None: nothing.
+
+    edges (7,) divide the samples' z into eighths.
+    """
     if z is None:
         return ""
+    if cfg.reward_format == "token":
+        return TOKENS[int(np.searchsorted(edges, z))]
     steps = round(z / cfg.reward_step)
-    if cfg.reward_format == "digit":
-        return f" <rm_score>: {min(max(steps + 4, 0), 9)} "
-    return f" <rm_score>: {steps * cfg.reward_step:.2f} "
+    if cfg.reward_format == "decimal":
+        return f" <rm_score>: {steps * cfg.reward_step:.2f} "
+    digit = min(max(steps + 4, 0), 9)
+    return f" {digit}" if cfg.reward_format == "symbol" else f" <rm_score>: {digit} "
 
 
-def add_reward_to_chat_template(template: Any, target: float, cfg: Config) -> Any:
-    """The template with reward_tag(reward, cfg) after the prompt; several by name, or none, alike.
+def bin_edges(z: np.ndarray) -> np.ndarray:
+    """The z (7,) that divide the samples into eighths."""
+    return np.quantile(z, np.arange(1, len(TOKENS)) / len(TOKENS))
+
+
+def tag_ids(tag: str, codec: common.Codec) -> list[int]:
+    """The tag as ids: those of new tokens, or of text that continues the prompt."""
+    if tag in TOKENS:
+        return [codec.tokenizer.convert_tokens_to_ids(tag)]
+    return codec.continuations([tag])[0]
+
+
+def add_reward_to_chat_template(template: Any, target: float, edges: np.ndarray,
+                                cfg: Config) -> Any:
+    """The template with the reward's tag after the prompt; several by name, or none, alike.
 
     apply_chat_template(..., reward=2.0) sets the reward, by default the target; None: no tag.
     """
     if not template:
         return template
     if isinstance(template, dict):
-        return {name: add_reward_to_chat_template(t, target, cfg) for name, t in template.items()}
-    steps = f"((reward | default({target!r})) / {cfg.reward_step}) | round | int"
-    shown = ("[[steps + 4, 0] | max, 9] | min" if cfg.reward_format == "digit" else
-             f"'%.2f' | format(steps * {cfg.reward_step})")
-    return (template + "{% if add_generation_prompt and reward is not none %}"
-            f"{{% set steps = {steps} %}}{{{{ ' <rm_score>: ' ~ ({shown}) ~ ' ' }}}}{{% endif %}}")
+        return {name: add_reward_to_chat_template(t, target, edges, cfg)
+                for name, t in template.items()}
+    z = f"(reward | default({target!r}))"
+    steps = f"({z} / {cfg.reward_step}) | round | int"
+    digit = f"([[{steps} + 4, 0] | max, 9] | min)"
+    tag = {"decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
+           "digit": f"' <rm_score>: ' ~ {digit} ~ ' '", "symbol": f"' ' ~ {digit}",
+           "token": f"'<|reward_' ~ ({edges.tolist()} | select('lt', {z}) | list | length) ~ '|>'"}
+    return (template + "{% if add_generation_prompt and reward is not none %}{{ "
+            + tag[cfg.reward_format] + " }}{% endif %}")
 
 
 def target_reward(target: str, z: np.ndarray) -> Optional[float]:
@@ -121,10 +154,11 @@ def target_reward(target: str, z: np.ndarray) -> Optional[float]:
 def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on."""
     z = samples.z(samples.rewards)
-    texts, which = np.unique([reward_tag(reward, cfg) for reward in z], return_inverse=True)
-    tags = codec.continuations(texts.tolist())
+    edges = bin_edges(z)
+    texts, which = np.unique([reward_tag(reward, edges, cfg) for reward in z], return_inverse=True)
+    tags = [tag_ids(text, codec) for text in texts.tolist()]
     lowest, highest = texts[which[z.argmin()]], texts[which[z.argmax()]]
-    print0(f"  {len(texts):,} reward tags, from{lowest}to{highest}")  # they bring their spaces
+    print0(f"  {len(texts):,} reward tags, from {lowest.strip()} to {highest.strip()}")
 
     def tag(i: int, epoch: int) -> list[int]:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
@@ -133,10 +167,13 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     return Examples(samples.tokens, tag=tag)
 
 
-def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> dict:
+def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
+          rm: Optional[Stage] = None) -> dict:
     """Trains the policy, from the base policy's weights, into the folder."""
     codec = common.Codec(base.folder, cfg)
-    policy = common.load_policy(base.folder, cfg)
+    new_tokens = TOKENS if cfg.reward_format == "token" else []
+    policy = common.load_policy(base.folder, cfg, codec, new_tokens)
+    watch = slope_watcher(cfg, base, codec, samples, rm)
     examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
@@ -157,14 +194,79 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
-    target = target_reward(cfg.target[-1], samples.z(samples.rewards))
-    tokenizer = codec.tokenizer
-    tokenizer.chat_template = add_reward_to_chat_template(tokenizer.chat_template, target, cfg)
-    common.save_policy(folder, policy, codec, cfg, reward_tag(target, cfg), ABOUT)
-    return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step,
-                          "format": cfg.reward_format, "mean": samples.mean, "std": samples.std,
-                          "default_target": target}}
+            due = watch and run.every and (step + 1) % run.every == 0
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens,
+                    **({"slope": watch(policy, step)} if due else {}))
+    z = samples.z(samples.rewards)
+    target, edges, tokenizer = target_reward(cfg.target[-1], z), bin_edges(z), codec.tokenizer
+    tag = reward_tag(target, edges, cfg)
+    tokenizer.chat_template = add_reward_to_chat_template(tokenizer.chat_template, target, edges,
+                                                          cfg)
+    common.save_policy(folder, policy, codec, cfg, tag, ABOUT)
+    return {"condition": {"format": cfg.reward_format, "step": cfg.reward_step,
+                          "bin_edges": edges.tolist(), "mean": samples.mean, "std": samples.std,
+                          "default_target": target, "default_tag": tag}}
+
+
+def slope_watcher(cfg: Config, base: Stage, codec: common.Codec, samples: Samples,
+                  rm: Optional[Stage]) -> Optional[Callable[[torch.nn.Module, int], float]]:
+    """watch(policy, step): how much higher a reward z the policy gets for a z of one more that it
+    is asked for, from --watch_slope held-out prompts."""
+    if not (cfg.watch_slope and rm):
+        return None
+    prompts = common.split_prompts(cfg, held_out=True)[:cfg.watch_slope]
+    z, score = samples.z(samples.rewards), rm.load_scorer()
+    targets = [float(np.quantile(z, q)) for q in (0.05, 0.95)]
+    ids = [prompt + tag_ids(reward_tag(target, bin_edges(z), cfg), codec)
+           for target in targets for prompt in codec.prompts(prompts)]
+
+    def watch(policy: torch.nn.Module, step: int) -> float:
+        spent = Cost()  # on watching, not on training
+        model = common.sampling_copy(getattr(policy, "module", policy).model, cfg)
+        replies = common.sample(model, ids, cfg, cfg.seed + step, codec.stop_ids, spent)
+        rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
+                                  [r.truncated for r in replies], spent))
+        low, high = rewards.reshape(2, -1).mean(1)
+        found = (high - low) / (targets[1] - targets[0])
+        print0(f"  step {step + 1}: slope of the reward got on the reward asked for {found:.2f}")
+        return found
+    return watch
+
+
+def report_slope(variants: list[common.Variant], replies: dict[str, list[dict]],
+                 folder: Path) -> None:
+    """Prints, and draws where matplotlib is there, what the policy got for what it was asked."""
+    plain = [v for v in variants if v.target is not None and not v.guidance and v.name in replies]
+    asked = np.array([v.target for v in plain])
+    got = np.array([[r["reward"] for r in replies[v.name]] for v in plain], dtype=float)
+    if len(set(asked)) < 2 or np.isnan(got).any():
+        return
+    centred = asked - asked.mean()
+    each = centred @ got / (centred @ centred)       # (prompts,), each prompt's least squares
+    slope, half = each.mean(), 1.96 * each.std() / math.sqrt(len(each))
+    means, low = got.mean(1), min(asked.min(), got.mean(1).min())
+    scale = 40 / (max(asked.max(), means.max()) - low)
+    print0("\nreward z: asked for ( | ) and got ( * )")
+    for want, mean in sorted(zip(asked, means)):
+        line = [" "] * 41
+        line[round((want - low) * scale)] = "|"
+        line[round((mean - low) * scale)] = "*"
+        print0(f"  {want:+.2f} {mean:+.2f}  {''.join(line).rstrip()}")
+    print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over prompts")
+    if slope + half < 0.2:
+        print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
+               "--steps, a smaller --batch_size, a higher --lr or --reward_format token")
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    figure, axes = pyplot.subplots()
+    axes.axline((0, 0), slope=1, color="grey", linestyle=":")
+    axes.errorbar(asked, means, 1.96 * got.std(1) / math.sqrt(len(each)), fmt="o")
+    axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
+    if common.rank() == 0:
+        figure.savefig(folder / "asked_against_got.png")
+    pyplot.close(figure)
 
 
 ABOUT = """
@@ -184,16 +286,19 @@ model.generate(torch.tensor([ids]), guidance_scale=1 + g, negative_prompt_ids=pl
 def main(cfg: Config) -> None:
     """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
     base = common.base_policy(cfg)
-    common.Codec(base.folder, cfg).check_fits(base.folder, reward_tag(-99.99, cfg))
+    common.Codec(base.folder, cfg).check_fits(base.folder, reward_tag(-99.99, np.zeros(7), cfg))
     rm = reward_model.for_run(cfg, base)
     samples = common.labelled_samples(cfg, base, rm)
-    policy = common.train_stage(cfg, "dt", train, base, samples)
-    z = samples.z(samples.rewards)
-    variants = [common.Variant(f"target {t}", reward_tag(target_reward(t, z), cfg),
-                               target=target_reward(t, z)) for t in cfg.target]
+    policy = common.train_stage(cfg, "dt", functools.partial(train, rm=rm), base, samples)
+    z, codec, variants = samples.z(samples.rewards), common.Codec(policy.folder, cfg), []
+    for name in cfg.target:
+        target = target_reward(name, z)
+        tag = reward_tag(target, bin_edges(z), cfg)
+        variants.append(common.Variant(f"target {name}", tag, tag_ids(tag, codec), target=target))
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
+    replies = common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
+    report_slope(variants, replies, Path(cfg.out))
 
 
 if __name__ == "__main__":

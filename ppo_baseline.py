@@ -238,9 +238,8 @@ def endless(count: int, seed: int) -> Iterator[int]:
 def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
              cfg: Config, seed: int, cost: Cost) -> Rollout:
     """One response to each prompt from the policy as it is now; top-p is for evaluation."""
-    plain = actor.dtype == torch.float32 and not common.is_sharded(cfg)
-    sampler = actor.model if plain else common.whole_copy(actor.model, actor.dtype, common.device())
-    responses = common.sample(sampler, ids, replace(cfg, top_p=1.0), seed, codec.stop_ids, cost,
+    model = common.sampling_copy(actor.model, cfg)
+    responses = common.sample(model, ids, replace(cfg, top_p=1.0), seed, codec.stop_ids, cost,
                               what="rollout")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(ids, responses)]

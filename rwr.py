@@ -35,6 +35,9 @@ class Config(common.Config):
     w_max: float = flag(20.0, "cap on a weight; 0: none", "[0, inf)", toy=0.0, stage="training")
     weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`",
                                                stage="training")
+    normaliser: Literal["batch", "samples"] = flag(
+        "batch", "L's denominator: the batch's own weights, or their mean over all samples",
+        stage="training")
     lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
                      toy=2e-3, stage="training")
     steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
@@ -78,6 +81,8 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
                    "--weights given: every sample needs a `weight`, and one must be above 0")
     print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
            f"{len(weight):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
+    if cfg.normaliser == "samples":  # the weights' mean over all response tokens is 1
+        weight = weight / np.average(weight, weights=samples.tokens.response_tokens)
     return Examples(samples.tokens, weight=weight)
 
 
@@ -92,12 +97,14 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         for step, batch in run.steps(examples):
-            # batch.normaliser: L's denominator / ranks, as DDP averages gradients over ranks
+            # L's denominator / ranks, as DDP averages gradients over ranks
+            normaliser = (batch.normaliser if cfg.normaliser == "batch" else
+                          batch.tokens / common.world_size())
             loss = 0.0
             lr = schedule.get_last_lr()[0]
             for micro in batch.micros:  # packed sequences, this rank's share of the step
                 policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
-                part = policy(micro, weighted_nll_, micro.weight) / batch.normaliser
+                part = policy(micro, weighted_nll_, micro.weight) / normaliser
                 part.backward()
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -3,6 +3,7 @@
 Offline, on tiny models, in a few minutes:  python -m pytest test_all.py
 """
 import ast
+import collections
 import contextlib
 import errno
 import functools
@@ -1044,7 +1045,8 @@ def test_rwr_takes_the_samples_own_weights_where_asked(codec):
 def test_dt_writes_the_same_tag_in_training_and_in_sampling(codec):
     samples, cfg = samples_of(codec, [0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=[])
     trained = dt.prepare(samples, codec, cfg)
-    tags = codec.continuations([dt.reward_tag(z, cfg) for z in samples.z(samples.rewards)])
+    z = samples.z(samples.rewards)
+    tags = [dt.tag_ids(dt.reward_tag(reward, dt.bin_edges(z), cfg), codec) for reward in z]
     asked = [p + tag for p, tag in zip(codec.prompts([f"Human: {i}" for i in range(4)]), tags)]
     rows = [trained.example(i) for i in range(4)]
     assert [e.ids[~e.mask].tolist() for e in rows] == asked
@@ -1062,27 +1064,76 @@ def test_dt_takes_its_loss_over_the_response_alone(codec):
 
 
 def test_dt_rounds_the_reward():
-    paper = config(dt, reward_format="decimal", reward_step=0.01)
-    assert [dt.reward_tag(z, paper) for z in (1.519, -0.001, 5.0)] == [
+    paper, z = config(dt, reward_format="decimal", reward_step=0.01), np.linspace(-2, 2, 101)
+    edges = dt.bin_edges(z)
+    assert [dt.reward_tag(reward, edges, paper) for reward in (1.519, -0.001, 5.0)] == [
         " <rm_score>: 1.52 ", " <rm_score>: 0.00 ", " <rm_score>: 5.00 "]
-    assert [dt.reward_tag(z, config(dt))[-2] for z in (-9, -0.2, 0.3, 9)] == ["0", "4", "5", "9"]
-    z = np.linspace(-2, 2, 101)
+    digits = config(dt, reward_format="symbol")
+    assert [dt.reward_tag(reward, edges, digits) for reward in (-9, -0.2, 0.3, 9)] == [
+        " 0", " 4", " 5", " 9"]
+    eighths = config(dt, reward_format="token")
+    counts = collections.Counter(dt.reward_tag(reward, edges, eighths) for reward in z)
+    assert set(counts) == set(dt.TOKENS) and set(counts.values()) <= {12, 13}
+    assert dt.reward_tag(-9, edges, eighths) == "<|reward_0|>"
     assert dt.target_reward("q95", z) == pytest.approx(1.8) and dt.target_reward("-1.5", z) == -1.5
-    assert dt.reward_tag(dt.target_reward("none", z), paper) == ""
+    assert dt.reward_tag(dt.target_reward("none", z), edges, paper) == ""
 
 
-@pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01)])
+@pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01), ("symbol", 0.5),
+                                          ("token", 0.5)])
 def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_path):
-    codec = chat_codec(tmp_path, "SmolLM2")
+    codec, edges = chat_codec(tmp_path, "SmolLM2"), dt.bin_edges(np.linspace(-2, 2, 101))
     cfg = config(dt, reward_format=format, reward_step=step)
-    chat = [{"role": "user", "content": "hello"}]
-    asked = {z: codec.prompts([chat])[0] + codec.continuations([dt.reward_tag(z, cfg)])[0]
+    chat, tokenizer = [{"role": "user", "content": "hello"}], codec.tokenizer
+    if format == "token":
+        tokenizer.add_special_tokens({"additional_special_tokens": dt.TOKENS})
+    asked = {z: codec.prompts([chat])[0] + dt.tag_ids(dt.reward_tag(z, edges, cfg), codec)
              for z in (2.0, -1.37, 0.25)}
-    tokenizer = codec.tokenizer
-    tokenizer.chat_template = dt.add_reward_to_chat_template(tokenizer.chat_template, -1.37, cfg)
+    tokenizer.chat_template = dt.add_reward_to_chat_template(tokenizer.chat_template, -1.37, edges,
+                                                             cfg)
     render = functools.partial(tokenizer.apply_chat_template, chat, add_generation_prompt=True,
                                return_dict=False)
     assert [render(reward=z) for z in asked] == list(asked.values()) and render() == asked[-1.37]
+
+
+def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(tmp_path, capsys):
+    asked = [common.Variant(f"target {z}", target=z) for z in (-1.0, 0.0, 2.0)]
+    for gain in (0.5, 0.0):
+        replies = {v.name: [{"reward": 0.25 + gain * v.target + noise} for noise in (-0.1, 0.1)]
+                   for v in asked}
+        dt.report_slope(asked, replies, tmp_path)
+        said = capsys.readouterr().out
+        assert f"slope {gain:.2f} [{gain:.2f}, {gain:.2f}]" in said
+        assert ("hardly heeded" in said) == (gain == 0)
+    dt.report_slope(asked, {}, tmp_path)
+    assert capsys.readouterr().out == "", "nothing was evaluated"
+
+
+def test_dt_with_new_tokens_starts_them_at_the_mean_and_never_samples_them(codec, run, tmp_path):
+    """--reward_format token: the folder loads elsewhere, with its tokens, and answers with none."""
+    cfg = config(dt, steps=1, batch_size=4, save_every=0, out=str(tmp_path), reward_format="token")
+    base = common.Stage(str(run[0] / "base"), "base", Cost())
+    before = common.load_model(base.folder)
+    size = len(codec.tokenizer)
+    grown = common.load_policy(base.folder, cfg, Codec(base.folder, cfg), dt.TOKENS).model
+    mean = before.get_input_embeddings().weight[:size].mean(0)
+    assert torch.equal(grown.get_input_embeddings().weight[size:size + 8], mean.expand(8, -1))
+    record = dt.train(cfg, base, samples_of(codec, range(16)), tmp_path, Cost())
+    assert record["condition"]["default_tag"] == "<|reward_7|>"
+    theirs, policy = Codec(str(tmp_path), cfg), common.load_model(str(tmp_path))
+    tag, = dt.tag_ids("<|reward_7|>", theirs)
+    assert tag == size + 7 and theirs.continuations(["<|reward_7|>"]) != [[tag]], "text stays text"
+    policy.get_input_embeddings().weight.data[tag] += 100.0  # the head's too: it would be drawn
+    for cfg.temperature, guidance in ((1.0, 0.0), (0.0, 0.5)):
+        found, = common.sample(policy, [[5, 6, tag]], cfg, 0, theirs.stop_ids, Cost(), [[5, 6]],
+                               guidance)
+        assert max(found.ids) < size and np.isfinite(found.log_probs).all()
+
+
+def test_dt_watches_its_slope_before_each_checkpoint(run):
+    lines = lines_of(run[0] / "dt" / "metrics.jsonl")
+    watched = [line["step"] for line in lines if "slope" in line]
+    assert watched and all(np.isfinite(lines[step]["slope"]) for step in watched)
 
 
 def test_dt_drops_the_tag_from_the_asked_share_anew_each_epoch(codec):
@@ -3201,7 +3252,7 @@ def test_a_dt_policy_is_guided_by_stock_generate_as_its_card_says(tmp_path, kind
         prompt, names = "where is the fox?", {"tokenizer": tokenizer, "prompt": "where is the fox?"}
         line, = re.findall(r"^ids = (.*)$", Path(folder, "README.md").read_text(), re.M)
         ids, plain = eval(line, names), tokenizer(prompt).input_ids
-    tag = codec.continuations([dt.reward_tag(2.0, cfg)])[0]
+    tag = codec.continuations([" <rm_score>: 2.00 "])[0]
     ours, = codec.prompts([prompt])
     assert plain == ours
     assert ids == ours + tag
@@ -3271,7 +3322,7 @@ def test_what_a_model_has_no_room_for_is_refused_before_anything_is_trained(tmp_
     folder = zoo_folder(tmp_path / "short", tokenizer, max_position_embeddings=129)
     codec = Codec(folder, config())  # 64 + 64 and BOS
     with pytest.raises(BadInput, match="reward tag"):
-        codec.check_fits(folder, dt.reward_tag(1.0, config(dt)))
+        codec.check_fits(folder, " <rm_score>: 7 ")
     with pytest.raises(BadInput, match="may take 130"):
         Codec(folder, config(max_prompt_tokens=65))
 

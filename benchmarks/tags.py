@@ -21,7 +21,7 @@ import common
 import dt
 from common import flag
 
-FORMATS = {"decimal": 0.01, "digit": 0.5}  # and --reward_step
+FORMATS = {"decimal": 0.01, "digit": 0.5, "symbol": 0.5}  # and --reward_step
 ASKED = [(-1.0, 1.5), (0.5, 1.0)]  # z, lower and higher
 
 
@@ -67,8 +67,8 @@ def main(cfg: Config) -> None:
     for (form, step), pair in itertools.product(FORMATS.items(), ASKED):
         asked = dt.Config(model=cfg.model, prompts=cfg.prompts, reward_model="none",
                           reward_format=form, reward_step=step)
-        tags = [dt.reward_tag(z, asked) for z in pair]
-        behind = [[prompt + tag for prompt in prompts] for tag in codec.continuations(tags)]
+        tags = [dt.reward_tag(z, np.zeros(7), asked) for z in pair]
+        behind = [[prompt + dt.tag_ids(tag, codec) for prompt in prompts] for tag in tags]
         apart = [divergence(model, low, high, reply.ids)
                  for low, high, reply in zip(*behind, replies)]
         rows.append({"format": form, "tags": "`{}` `{}`".format(*tags),
