@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from paired import boards, by_prompt, difference, leaderboard, replies, table
 
 import common
 import report
+import reward_model
 from common import flag
 
 TARGETS = ["none", "q5", "q50", "q95", "5.00", "q99"]
@@ -66,9 +69,11 @@ class Config:
     rm_lr: float = flag(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = flag(5e-4, "of the offline methods")
     batch_size: int = flag(32, "sequences per optimiser step, of the offline methods")
-    reward_format: str = flag("decimal", "of DT's tag: decimal or digit")
-    steps: list[str] = flag([], "optimiser steps, in place of a pass over all; of PPO, iterations "
-                            "in place of 8")
+    reward_format: str = flag("decimal", "of DT's tag: decimal, symbol or token")
+    steps: list[str] = flag([], "optimiser steps, in place of a pass over all: a number for all "
+                            "offline methods, or sft=31; of PPO, iterations in place of 8")
+    jobs: int = flag(1, "methods trained and evaluated at a time", "[1, inf)")
+    threads: int = flag(0, "CPU threads of each; 0: torch's choice", "[0, inf)")
     ppo_lr: float = flag(3e-5, "of PPO, its critic included")
     eval_prompts: int = flag(256, "held-out prompts that every policy answers")
     compile: bool = flag(True, "torch.compile the loss kernels")
@@ -77,8 +82,8 @@ class Config:
         common.require(bool(self.model and self.transcripts), "give --model and --transcripts")
         common.require(self.methods[:1] != ["best_of_n"],
                        "--methods: best_of_n learns from what another has labelled")
-        common.require(all(re.fullmatch(rf"({'|'.join(SCRIPTS)})=\d+", pair)
-                           for pair in self.steps), "--steps takes sft=31, say")
+        common.require(all(re.fullmatch(rf"(({'|'.join(SCRIPTS)})=)?\d+", pair)
+                           for pair in self.steps), "--steps takes 1000 or sft=31, say")
         common.require({*self.methods, *self.again} <= set(SCRIPTS),
                        f"--methods: choose from {', '.join(SCRIPTS)}")
 
@@ -169,11 +174,10 @@ def data_settings(cfg: Config) -> str:
 
 
 def run(cfg: Config) -> list[str]:
-    """Runs what is missing, each script in a process of its own; returns the runs' folders, a seed
-    each.
+    """Runs what is missing, each script in a process of its own; returns the runs' folders, one for
+    each seed and method.
 
-    Filtering for each prompt has a folder beside its seed's: it would take the place of filtering
-    over all.
+    The first seed's folder holds the reward model and the labelled samples, which all learn from.
     """
     out = Path(cfg.out)
     there = out / "data" / "settings.txt"
@@ -188,19 +192,32 @@ def run(cfg: Config) -> list[str]:
     first = out / f"seed{cfg.seeds[0]}"
     call(first, "reward_model.py", *shared, "--lr", cfg.rm_lr, "--batch_size", 16, "--seed",
          cfg.seeds[0])
-    steps, folders = {"ppo": 8, **dict(pair.split("=") for pair in cfg.steps)}, []
+    label(common.parse(common.Config, [*map(str, shared), "--seed", str(cfg.seeds[0]), "--out",
+                                       str(first)]))
+    known = dict(pair.split("=") for pair in cfg.steps if "=" in pair)
+    steps = {**dict.fromkeys(SCRIPTS, next((n for n in cfg.steps if "=" not in n), None)),
+             "ppo": 8, **known}
+    runs = {}
     for seed in cfg.seeds:
         for method in cfg.methods if seed == cfg.seeds[0] else cfg.again:
-            folder = out / f"seed{seed}{'-' + method if method == 'best_of_n' else ''}"
-            folders += [folder] if folder not in folders else []
-            given = [] if folder == first else ["--samples", first / "samples.jsonl",
-                                                "--reward_model", first / "rm"]
             rates = (["--lr", cfg.ppo_lr, "--critic_lr", cfg.ppo_lr] if method == "ppo" else
                      ["--lr", cfg.lr, "--batch_size", cfg.batch_size])
-            rates += ["--steps", steps[method]] if method in steps else []
+            rates += ["--steps", steps[method]] if steps[method] else []
             rates += ["--reward_format", cfg.reward_format] if method == "dt" else []
-            call(folder, *SCRIPTS[method], *shared, *given, *rates, "--seed", seed)
-    return [str(folder) for folder in folders]
+            runs[out / f"seed{seed}-{method}"] = [
+                *SCRIPTS[method], *shared, "--samples", first / "samples.jsonl", "--reward_model",
+                first / "rm", *rates, "--seed", seed]
+    if cfg.threads:
+        os.environ["OMP_NUM_THREADS"] = str(cfg.threads)
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        list(pool.map(lambda item: call(item[0], *item[1]), runs.items()))
+    return list(map(str, runs))
+
+
+def label(cfg: common.Config) -> None:
+    """The labelled samples of the run whose reward model is there."""
+    base = common.base_policy(cfg)
+    common.labelled_samples(cfg, base, reward_model.for_run(cfg, base))
 
 
 def composition(folders: list[str]) -> list[dict]:
@@ -286,7 +303,8 @@ def main(cfg: Config) -> None:
         if ours and theirs:
             mean, error, _ = difference(found[ours], found[theirs])
             order.append(f"- {ours} − {theirs}: {interval(mean, error)}")
-    right = json.loads((Path(folders[0]) / "rm" / "run.json").read_text())["report"]
+    first = Path(cfg.out) / f"seed{cfg.seeds[0]}"
+    right = json.loads((first / "rm" / "run.json").read_text())["report"]
     lines = [f"Gold on held-out prompts; reward model right on {right['accuracy']:.3f} of held-out "
              f"pairs, longer wins {right['longer_wins']:.3f}", "", markdown(golds), "", *order, ""]
     if any(name.startswith("dt target q") for name in found):
