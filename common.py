@@ -11,7 +11,6 @@ of the sampler.  A *prompt* is text, or chat messages for the tokenizer's chat t
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import functools
@@ -181,28 +180,22 @@ def os_problem(problem: Exception) -> Optional[str]:
     return None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the run's folder until the process ends.  Raises BadInput naming another holder."""
+def locked(folder: Path) -> Any:
+    """A file that holds the run's folder while it is open.  Raises BadInput naming another holder.
+    """
     import fcntl
-    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            file.seek(0)
-            raise BadInput(f"{folder}: another run is at work there ({file.read()})") from problem
-        except OSError:  # Lustre without -o flock, NFS without lockd
-            print0(f"warning: {folder} cannot be locked: start no second run into it")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            if made and {".lock", ".hashes.json"}.issuperset(os.listdir(folder)):
-                shutil.rmtree(folder, ignore_errors=True)  # nothing came of it
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as problem:
+        file.seek(0)
+        raise BadInput(f"{folder}: another run is at work there ({file.read()})") from problem
+    except OSError:  # Lustre without -o flock, NFS without lockd
+        print0(f"warning: {folder} cannot be locked: start no second run into it")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
 
 
 def quieten_libraries() -> None:
@@ -253,7 +246,7 @@ class Config:
         False, "texts hold the chat template's special tokens: read them as such", stage="data")
     train_on: Literal["last_turn", "all_assistant_turns"] = flag(
         "last_turn", "which turns of `messages` carry the loss", stage="data")
-    seed: int = flag(0, "of everything that is drawn", "[0, 4294967295]", stage="data")
+    seed: int = flag(0, "of all that is drawn", "[0, 4294967295]", stage="data")
     responses: Optional[str] = flag(None, "label these: rows of prompt, response", stage="samples")
     prompts: Optional[str] = flag(None, "generate for these: rows of prompt", stage="samples")
     samples: Optional[str] = flag(
@@ -264,13 +257,11 @@ class Config:
         "dataset+generated", "which responses are labelled", stage="samples")
     samples_per_prompt: int = flag(1, "generated responses", "[1, inf)", toy=9, stage="samples")
     temperature: float = flag(1.0, "of all sampling; 0: greedy", "[0, 1000]", stage="samples")
-    top_p: float = flag(
-        1.0, "nucleus: the fewest tokens this probable together", "[0.000001, 1]", stage="samples")
+    top_p: float = flag(1.0, "nucleus sampling", "[0.000001, 1]", stage="samples")
     judge: Optional[str] = flag(
         None, "a reward model that training never sees: it scores `gold`", stage="evaluation")
     eval_prompts: int = flag(
-        256, "held-out prompts evaluated on, again if there are fewer; 0: none", "[0, inf)",
-        toy=512, stage="evaluation")
+        256, "held-out prompts to evaluate on; 0: none", "[0, inf)", toy=512, stage="evaluation")
     lr: float = flag(
         1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]", stage="training")
     epochs: int = flag(1, "passes over the training examples", "[1, inf)", stage="training")
@@ -279,22 +270,19 @@ class Config:
     batch_size: int = flag(
         128, "sequences per step, all ranks together", "[1, inf)", toy=32, stage="training")
     micro_batch_tokens: Optional[int] = flag(
-        None, "tokens of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
+        None, "of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
     slots: Optional[int] = flag(
         None, "responses sampled at a time [CPU: 64; GPU: what fits, at most 512]", "[1, inf)")
     dtype: Literal["auto", "bf16", "fp32"] = flag(
-        "auto", "of matrix products, weights stay float32; auto: bf16 where the hardware has it",
-        toy="fp32")
+        "auto", "of matrix products; auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = flag(True, "torch.compile the loss kernels, and on a GPU the model's blocks")
     sharding: Literal["ddp", "fsdp"] = flag(
         "ddp", "fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
     save_every: Optional[int] = flag(
-        None, "steps between checkpoints, two are kept; 0: none [a tenth of the run, at most 500]",
-        "[0, inf)")
+        None, "steps between checkpoints; 0: none [a tenth of the run, at most 500]", "[0, inf)")
     resume: bool = flag(True, "go on from the last checkpoint; --no_resume starts the stage again")
     dist_timeout_minutes: int = flag(10, "how long a rank waits for another", "[1, inf)")
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in backward: less memory, a third more compute")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward, for memory")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
         "none", "where the metrics go beside metrics.jsonl")
 
@@ -306,13 +294,12 @@ class Config:
                         f"--{f.name} must lie in {interval}, not {v}")
         require(self.temperature == 0 or self.temperature >= 1e-3,
                 f"--temperature is 0, for greedy, or at least 0.001, not {self.temperature}")
-        given = [f"--{name}" for name in ("preferences", "samples", "responses", "prompts")
-                 if getattr(self, name)]
-        require(self.model or not given, f"{', '.join(given)} must come with --model, the base "
-                "policy's folder or Hub id")
-        require(not (self.samples and self.responses), "--samples are labelled and --responses are "
+        data = [f"--{name}" for name in ("preferences", "samples", "responses", "prompts")
+                if getattr(self, name)]
+        require(self.model or not data, f"{', '.join(data)}: needs --model, a folder or Hub id")
+        require(not (self.samples and self.responses), "--samples are labelled, --responses are "
                 "not: give one of them")
-        require(self.toy or self.preferences or self.samples or given and self.reward_model,
+        require(self.toy or self.preferences or self.samples or data and self.reward_model,
                 "--model needs data: --preferences, or --samples, or --prompts or --responses with "
                 "--reward_model")
 
@@ -350,22 +337,21 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
 
     def wrong_flag(message: str) -> None:
         raise BadInput(message)
-    parser = HfArgumentParser(
-        kind, allow_abbrev=False, epilog="--config run.yaml: flags in a file",
-        description=(sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0])
-    file_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    file_parser.add_argument("--config")
-    file_parser.error = parser.error = wrong_flag
-    given, args = file_parser.parse_known_args(args)
-    args = (yaml_flags(given.config) if given.config else []) + args  # the last one wins
+    about = (sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0]
+    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
+    parser.add_argument("--config", help="YAML file of flags; those of the command line win")
+    parser.error = wrong_flag
+    args = sys.argv[1:] if args is None else args
+    file = parser.parse_known_args(args)[0].config
+    args = (yaml_flags(file) if file else []) + args
     names = {a.split("=")[0].removeprefix("--") for a in args if a.startswith("--")}
     for name in names & OTHER_NAMES.keys():
         raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
-    if not names & {"model", "preferences", "help"} and "-h" not in args:  # help names both
+    if not names & {"model", "preferences"}:
         parser.set_defaults(**toy_defaults(kind))
     if "epochs" in names:
         parser.set_defaults(steps=None)  # the toy world's steps would win
-    cfg, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     require(not unknown, f"unknown flag {' '.join(unknown)}; --help lists them all")
     return cfg
 
@@ -377,7 +363,8 @@ def yaml_flags(path: str) -> list[str]:
         flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as problem:
         raise BadInput(f"--config {path}: {' '.join(str(problem).split())}") from problem
-    require(isinstance(flags, dict), f"--config {path}: must hold lines of `flag: value`")
+    require(isinstance(flags, dict) and "config" not in flags,
+            f"--config {path}: must hold lines of `flag: value`, and name no other file")
     return [text for name, value in flags.items() if value is not None
             for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
 
@@ -427,12 +414,9 @@ class Cost:
                     max(self.peak_memory_bytes, other.peak_memory_bytes))
 
     def add_forward(self, model: Any, tokens: int, pairs: int, rows: int, passes: int = 1) -> None:
-        """Adds a transformer's call: tokens, pairs of a token and what it attends to, head rows.
-
-        A weight costs 2 FLOPs a token, attention 4 a layer, pair and unit of width, the head the
-        rows where it runs, the input embedding nothing; with backward it is 3 passes.  (Kaplan et
-        al. 2020, arXiv 2001.08361, section 2.1.)
-        """
+        """Adds a call of the model: 2 FLOPs for a weight and token (of the head: and row), 4 for a
+        layer, pair of tokens that attend and unit of width; with backward it is 3 passes.  (Kaplan
+        et al. 2020, arXiv 2001.08361, section 2.1.)"""
         body, shape = model.base_model, model.config.get_text_config()
         embedding, head = body.get_input_embeddings().weight, model.get_output_embeddings()
         weights = sum(p.numel() for p in body.parameters()) - embedding.numel()
@@ -2744,10 +2728,12 @@ class TrainingRun:
         """Writes a line of metrics.jsonl, values averaged over ranks, None where one is not finite;
         takes a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
         values = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()}
-        *sums, flops = sum_over_ranks(*values.values(), self.cost.flops)
+        *sums, flops, tokens = sum_over_ranks(*values.values(), self.cost.flops,
+                                              self.cost.generated_tokens)
         line = {"step": step, **{name: total / world_size() if math.isfinite(total) else None
                                  for name, total in zip(values, sums)}}
-        spent = {"seconds": round(self.seconds(), 3), "flops": flops}
+        spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops,
+                 "generated_tokens": int(tokens)}
         self.file.write(json.dumps({**line, **spent}) + "\n")
         known = {name: value for name, value in line.items() if value is not None}
         self.report(known)
@@ -2763,13 +2749,9 @@ class TrainingRun:
         if every is None:
             every = max(1, min(500, self.total // 10))
         if every and done % every == 0 and done < self.total and not self.skipped:
-            self.checkpoint(done)
+            self.checkpoint(done, spent)
 
-    def seconds(self) -> float:
-        """Since the training began, in earlier launches and in this one."""
-        return self.cost.seconds + time.perf_counter() - self.start
-
-    def checkpoint(self, step: int) -> None:
+    def checkpoint(self, step: int, spent: dict) -> None:
         """Writes checkpoints/step beside and renames; the last two are kept.
 
         Nothing else is needed to go on: data order and sampling follow from seed and step.
@@ -2786,9 +2768,7 @@ class TrainingRun:
                      no_dist=not dist.is_initialized())  # it syncs the files
         except dcp.CheckpointException as problem:  # of all ranks, a BaseException
             raise next(iter(problem.failures.values()))[0] from None
-        flops, tokens = sum_over_ranks(self.cost.flops, self.cost.generated_tokens)
         if rank() == 0:
-            spent = {"seconds": self.seconds(), "flops": flops, "generated_tokens": int(tokens)}
             record = {"step": step, "state": self.state, "schedule": self.schedule.state_dict(),
                       "metrics_bytes": self.file.tell(), "world_size": world_size(), "cost": spent}
             write_beside(work / "state.json", [json.dumps(record)])
