@@ -472,11 +472,18 @@ def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost
             if rank() == 0 and not checkpoints_in(work):
                 shutil.rmtree(work, ignore_errors=True)
             raise
+        for path in filter(Path.is_file, [*work.iterdir()] if rank() == 0 else []):
+            if path.name.startswith(".tmp"):  # a kill came while weights were written
+                path.unlink()
+                continue
+            shutil.copymode(work / "run.json", path)  # safetensors writes for its owner alone
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         write_record(work / "run.json", wanted, cost, **more)
         put_in_place(work, folder)
     record = read_record(folder / "run.json")
-    return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]),
-                 Cost(**record["cost"]))
+    cost = Cost(**{f.name: record["cost"].get(f.name, 0) for f in fields(Cost)})
+    return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]), cost)
 
 
 def put_in_place(work: Path, folder: Path) -> None:
@@ -485,12 +492,6 @@ def put_in_place(work: Path, folder: Path) -> None:
     if rank() == 0 and "cost" in read_record(work / "run.json"):
         for scratch in ("checkpoints", "tokens"):
             shutil.rmtree(work / scratch, ignore_errors=True)
-        for stray in work.glob(".tmp*"):  # a kill came while weights were written
-            stray.unlink()
-        for path in filter(Path.is_file, work.iterdir()):
-            shutil.copymode(work / "run.json", path)  # safetensors writes for its owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     barrier()
