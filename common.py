@@ -11,7 +11,6 @@ of the sampler.  A *prompt* is text, or chat messages for the tokenizer's chat t
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import functools
@@ -34,7 +33,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple, Optional
@@ -79,21 +78,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def printable(text: Any) -> str:
+    """The text, control characters as escapes: data could command the terminal with them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+
+
 def print0(*args: Any) -> None:
     """print, on rank 0 alone."""
     if rank() == 0:
         print(*map(printable, args), flush=True)
 
 
-@functools.cache
-def print_once(line: str) -> None:
-    """print0, but each line once in a process."""
-    print0("  " + line)
-
-
-def printable(text: Any) -> str:
-    """The text, control characters as escapes: data could command the terminal with them."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
+print_once = functools.cache(print0)  # each line once in a process
 
 
 def barrier() -> None:
@@ -135,25 +131,29 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
 
     Status 2: input that cannot be used, or a full disk.  130: Ctrl-C, finished stages stay.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    with contextlib.suppress(AttributeError):  # a stream that is closed
+        for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows escapes
-    cfg, status = None, 2
+    status = 2
     try:
         cfg = parse(kind, args)
         quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
+        if not cfg.compile:
+            torch.compiler.set_stance("force_eager")
         if world_size() > 1:
             gpu, timeout = device().type == "cuda", timedelta(minutes=cfg.dist_timeout_minutes)
             if gpu:
                 torch.cuda.set_device(device())
             dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
+        with locked(Path(cfg.out)) if rank() == 0 else contextlib.nullcontext():
+            hashes = Path(cfg.out, ".hashes.json")
+            HASHES.update(read_record(hashes))
             seen = gather(fingerprint({**asdict(cfg), **settings(cfg, *STAGES)}))
             require(len(set(seen)) == 1, "the ranks were started with other flags, or see other "
                     "files, than one another: they must all read the same data")
-        if not cfg.compile:
-            torch.compiler.set_stance("force_eager")
-        with locked(Path(cfg.out)) if rank() == 0 else contextlib.nullcontext():
+            if rank() == 0:
+                write_beside(hashes, [json.dumps(HASHES)])
             main(cfg)
         if dist.is_initialized():
             gc.collect()  # sharded models are cycles that hold the group
@@ -164,11 +164,9 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     except KeyboardInterrupt:
         problem, status = "interrupted; finished stages are kept, the same command goes on", 130
     except Exception as found:
-        why = os_problem(found)
-        if why is None:
+        if os_problem(found) is None:
             raise
-        where = getattr(found, "filename", None) or (cfg.out if cfg else "")
-        problem = f"{where}: {why}; what was there before is untouched"
+        problem = f"{os_problem(found)}; what was there before is untouched"
     name = f"{Path(sys.argv[0]).name}: " + (f"rank {rank()}: " if rank() else "")
     print(name + printable(problem), file=sys.stderr)
     sys.exit(status)
@@ -176,36 +174,28 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
 
 def os_problem(problem: Exception) -> Optional[str]:
     """What the operating system complained of, also where a library wrapped it; else None."""
-    if isinstance(problem, OSError) and problem.errno:
-        return problem.strerror
-    if "inline_container" in str(problem):  # torch's zip writer on a full disk
-        return os.strerror(errno.ENOSPC)
-    reasons = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
-    return next((reason for reason in reasons if reason in str(problem)), None)
+    full = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container"  # torch's
+    if isinstance(problem, OSError) and problem.errno or any(sign in str(problem) for sign in full):
+        return " ".join(str(problem).split())
+    return None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the run's folder until the process ends.  Raises BadInput naming another holder."""
+def locked(folder: Path) -> Any:
+    """A file that holds the run's folder while it is open.  Raises BadInput naming another holder.
+    """
     import fcntl
-    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            file.seek(0)
-            raise BadInput(f"{folder}: another run is at work there ({file.read()})") from problem
-        except OSError:  # Lustre without -o flock, NFS without lockd
-            print0(f"warning: {folder} cannot be locked: start no second run into it")
-        file.truncate(0)
-        file.write(f"{Path(sys.argv[0]).name}, process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            if made and os.listdir(folder) == [".lock"]:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as problem:
+        file.seek(0)
+        raise BadInput(f"{folder}: another run is at work there ({file.read()})") from problem
+    except OSError:  # Lustre without -o flock, NFS without lockd
+        print0(f"warning: {folder} cannot be locked: start no second run into it")
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
 
 
 def quieten_libraries() -> None:
@@ -213,9 +203,8 @@ def quieten_libraries() -> None:
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    for message in ("torch.distributed is disabled", "Detected call of `lr_scheduler.step",
-                    "`past_key_values` is deprecated"):  # the name that all versions know
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", "torch.distributed is disabled|Detected call of `lr_sched|"
+                            "`past_key_values` is deprecated")
 
 
 # ----------------------------------------------------------------------------------------- config
@@ -257,7 +246,7 @@ class Config:
         False, "texts hold the chat template's special tokens: read them as such", stage="data")
     train_on: Literal["last_turn", "all_assistant_turns"] = flag(
         "last_turn", "which turns of `messages` carry the loss", stage="data")
-    seed: int = flag(0, "of everything that is drawn", "[0, 4294967295]", stage="data")
+    seed: int = flag(0, "of all that is drawn", "[0, 4294967295]", stage="data")
     responses: Optional[str] = flag(None, "label these: rows of prompt, response", stage="samples")
     prompts: Optional[str] = flag(None, "generate for these: rows of prompt", stage="samples")
     samples: Optional[str] = flag(
@@ -268,13 +257,11 @@ class Config:
         "dataset+generated", "which responses are labelled", stage="samples")
     samples_per_prompt: int = flag(1, "generated responses", "[1, inf)", toy=9, stage="samples")
     temperature: float = flag(1.0, "of all sampling; 0: greedy", "[0, 1000]", stage="samples")
-    top_p: float = flag(
-        1.0, "nucleus: the fewest tokens this probable together", "[0.000001, 1]", stage="samples")
+    top_p: float = flag(1.0, "nucleus sampling", "[0.000001, 1]", stage="samples")
     judge: Optional[str] = flag(
         None, "a reward model that training never sees: it scores `gold`", stage="evaluation")
     eval_prompts: int = flag(
-        256, "held-out prompts evaluated on, again if there are fewer; 0: none", "[0, inf)",
-        toy=512, stage="evaluation")
+        256, "held-out prompts to evaluate on; 0: none", "[0, inf)", toy=512, stage="evaluation")
     lr: float = flag(
         1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]", stage="training")
     epochs: int = flag(1, "passes over the training examples", "[1, inf)", stage="training")
@@ -283,46 +270,38 @@ class Config:
     batch_size: int = flag(
         128, "sequences per step, all ranks together", "[1, inf)", toy=32, stage="training")
     micro_batch_tokens: Optional[int] = flag(
-        None, "tokens of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
+        None, "of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
     slots: Optional[int] = flag(
         None, "responses sampled at a time [CPU: 64; GPU: what fits, at most 512]", "[1, inf)")
     dtype: Literal["auto", "bf16", "fp32"] = flag(
-        "auto", "of matrix products, weights stay float32; auto: bf16 where the hardware has it",
-        toy="fp32")
+        "auto", "of matrix products; auto: bf16 where the hardware has it", toy="fp32")
     compile: bool = flag(True, "torch.compile the loss kernels, and on a GPU the model's blocks")
     sharding: Literal["ddp", "fsdp"] = flag(
         "ddp", "fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
     save_every: Optional[int] = flag(
-        None, "steps between checkpoints, two are kept; 0: none [a tenth of the run, at most 500]",
-        "[0, inf)")
+        None, "steps between checkpoints; 0: none [a tenth of the run, at most 500]", "[0, inf)")
     resume: bool = flag(True, "go on from the last checkpoint; --no_resume starts the stage again")
     dist_timeout_minutes: int = flag(10, "how long a rank waits for another", "[1, inf)")
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in backward: less memory, a third more compute")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward, for memory")
     report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
         "none", "where the metrics go beside metrics.jsonl")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value, interval = getattr(self, f.name), f.metadata["help"].within
-            if interval is None or value is None:
-                continue
-            low, high = map(float, interval[1:-1].split(","))
             for v in value if isinstance(value, list) else [value]:
-                inside = (low <= v <= high and (v > low or interval[0] == "[")
-                          and (v < high or interval[-1] == "]"))
-                require(inside, f"--{f.name} must lie in {interval}, not {v}")
+                require(v is None or interval is None or lies_in(interval, v),
+                        f"--{f.name} must lie in {interval}, not {v}")
         require(self.temperature == 0 or self.temperature >= 1e-3,
                 f"--temperature is 0, for greedy, or at least 0.001, not {self.temperature}")
-        hint = "--model: name the base policy's folder or Hub id"
-        require(not (self.samples and self.responses), "--samples are labelled and --responses are "
+        data = [f"--{name}" for name in ("preferences", "samples", "responses", "prompts")
+                if getattr(self, name)]
+        require(self.model or not data, f"{', '.join(data)}: needs --model, a folder or Hub id")
+        require(not (self.samples and self.responses), "--samples are labelled, --responses are "
                 "not: give one of them")
-        require(self.toy or self.model, f"--preferences goes with {hint}")
-        require(not self.toy or not (self.samples or self.responses or self.prompts),
-                f"--samples, --responses and --prompts go with {hint}")
-        require(self.toy or self.preferences or self.samples or
-                (self.prompts or self.responses) and self.reward_model, "--model needs data: "
-                "--preferences, or --samples, or --prompts or --responses with --reward_model")
+        require(self.toy or self.preferences or self.samples or data and self.reward_model,
+                "--model needs data: --preferences, or --samples, or --prompts or --responses with "
+                "--reward_model")
 
     @property
     def forward_tokens(self) -> int:
@@ -332,17 +311,24 @@ class Config:
     @property
     def toy(self) -> bool:
         """Whether the embedded toy world is meant."""
-        return self.model is None and self.preferences is None
+        return self.model is None
 
 
-OTHER_NAMES = {  # flags of older versions and of TRL -> ours
-    "patience": "dist_timeout_minutes", "tensorboard": "report_to", "learning_rate": "lr",
-    "num_train_epochs": "epochs", "max_steps": "steps", "output_dir": "out", "bf16": "dtype bf16",
+def lies_in(interval: str, value: float) -> bool:
+    """Whether "[1, inf)", say, contains the value."""
+    low, high = map(float, interval[1:-1].split(","))
+    return (low < value or interval[0] == "[" and low == value) and (
+        value < high or interval[-1] == "]" and value == high)
+
+
+OTHER_NAMES = {  # TRL's flags -> ours
+    "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "output_dir": "out",
     "model_name_or_path": "model", "dataset_name": "preferences", "save_steps": "save_every",
+    "bf16": "dtype bf16", "max_prompt_length": "max_prompt_tokens",
+    "max_completion_length": "max_response_tokens",
+    "max_length": "max_prompt_tokens and --max_response_tokens",
     "per_device_train_batch_size": "batch_size (sequences a step, all ranks together)",
-    "gradient_accumulation_steps": "micro_batch_tokens (accumulation follows from it)",
-    "max_prompt_length": "max_prompt_tokens", "max_completion_length": "max_response_tokens",
-    "max_length": "max_prompt_tokens and --max_response_tokens"}
+    "gradient_accumulation_steps": "micro_batch_tokens (accumulation follows from it)"}
 
 
 def parse(kind: type, args: Optional[list[str]] = None) -> Any:
@@ -351,17 +337,17 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
 
     def wrong_flag(message: str) -> None:
         raise BadInput(message)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", help="YAML file of flags; those of the command line win")
     about = (sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0]
-    parser = HfArgumentParser(kind, parents=[first], allow_abbrev=False, description=about)
-    first.error = parser.error = wrong_flag
-    file, args = first.parse_known_args(args)
-    args = (yaml_flags(file.config) if file.config else []) + args
+    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
+    parser.add_argument("--config", help="YAML file of flags; those of the command line win")
+    parser.error = wrong_flag
+    args = sys.argv[1:] if args is None else args
+    file = parser.parse_known_args(args)[0].config
+    args = (yaml_flags(file) if file else []) + args
     names = {a.split("=")[0].removeprefix("--") for a in args if a.startswith("--")}
     for name in names & OTHER_NAMES.keys():
         raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
-    if not names & {"model", "preferences", "help"} and "-h" not in args:  # help names both
+    if not names & {"model", "preferences"}:
         parser.set_defaults(**toy_defaults(kind))
     if "epochs" in names:
         parser.set_defaults(steps=None)  # the toy world's steps would win
@@ -377,11 +363,8 @@ def yaml_flags(path: str) -> list[str]:
         flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as problem:
         raise BadInput(f"--config {path}: {' '.join(str(problem).split())}") from problem
-    require(isinstance(flags, dict), f"--config {path}: must hold lines of `flag: value`")
-    for name in map(str, flags):
-        require(name != "config", f"--config {path}: names another file by `config`; give one")
-        require(not name.startswith("no_"), f"--config {path}: in place of `{name}` write "
-                f"`{name[3:]}: false`")
+    require(isinstance(flags, dict) and "config" not in flags,
+            f"--config {path}: must hold lines of `flag: value`, and name no other file")
     return [text for name, value in flags.items() if value is not None
             for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
 
@@ -390,14 +373,6 @@ def toy_defaults(kind: type) -> dict:
     """The defaults of this kind of config that differ in the toy world."""
     toy = {f.name: f.metadata["help"].toy for f in fields(kind)}
     return {name: value for name, value in toy.items() if value is not None}
-
-
-def other_config(kind: type, cfg: Config, training_flags: dict) -> Any:
-    """Another script's Config for the same run: cfg's shared flags, these or default ones else."""
-    own = {f.name for f in fields(kind) if f.metadata["help"].stage == "training"}
-    shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in own}
-    given = {name: value for name, value in training_flags.items() if name in own}
-    return kind(**{**(toy_defaults(kind) if cfg.toy else {}), **shared, **given})
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
@@ -410,7 +385,8 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 
 # ----------------------------------------------------------------------------------------- stages
 # A run is a chain of stages.  Each leaves a record (run.json) of the settings it was built with,
-# and is not built again while they match.  Everything is written beside and renamed.
+# and is not built again while they match.  Everything is written beside, synced and renamed: after
+# a kill at any moment the same command goes on.
 
 
 class Stage(NamedTuple):
@@ -426,25 +402,21 @@ class Stage(NamedTuple):
 
 @dataclass
 class Cost:
-    """Seconds of the wall; of all ranks: seconds, FLOPs, sampled tokens; the largest's memory."""
+    """Seconds; of all ranks together FLOPs and sampled tokens; the peak memory of the largest."""
     seconds: float = 0.0
-    device_seconds: float = 0.0
     flops: float = 0.0
     generated_tokens: int = 0
     peak_memory_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        *sums, peak = vars(self).values()
-        *other_sums, other_peak = vars(other).values()
-        return Cost(*map(sum, zip(sums, other_sums)), max(peak, other_peak))
+        return Cost(self.seconds + other.seconds, self.flops + other.flops,
+                    self.generated_tokens + other.generated_tokens,
+                    max(self.peak_memory_bytes, other.peak_memory_bytes))
 
     def add_forward(self, model: Any, tokens: int, pairs: int, rows: int, passes: int = 1) -> None:
-        """Adds a transformer's call: tokens, pairs of a token and what it attends to, head rows.
-
-        A weight costs 2 FLOPs a token, attention 4 a layer, pair and unit of width, the head the
-        rows where it runs, the input embedding nothing; with backward it is 3 passes.  (Kaplan et
-        al. 2020, arXiv 2001.08361, section 2.1.)
-        """
+        """Adds a call of the model: 2 FLOPs for a weight and token (of the head: and row), 4 for a
+        layer, pair of tokens that attend and unit of width; with backward it is 3 passes.  (Kaplan
+        et al. 2020, arXiv 2001.08361, section 2.1.)"""
         body, shape = model.base_model, model.config.get_text_config()
         embedding, head = body.get_input_embeddings().weight, model.get_output_embeddings()
         weights = sum(p.numel() for p in body.parameters()) - embedding.numel()
@@ -456,49 +428,93 @@ class Cost:
 @contextlib.contextmanager
 def track_cost() -> Iterator[Cost]:
     """Yields a Cost that the block's work adds to; at the end it holds all ranks' together."""
-    cost, start, gpu = Cost(), time.perf_counter(), device().type == "cuda"
+    cost, start, gpu = Cost(), time.perf_counter(), torch.cuda.is_available()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux alone can forget a process's peak
-            Path("/proc/self/clear_refs").write_text("5")
     yield cost
     cost.seconds += time.perf_counter() - start
-    cost.flops, tokens, cost.device_seconds = sum_over_ranks(
-        cost.flops, cost.generated_tokens, cost.seconds)
-    cost.generated_tokens = round(tokens)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cost.peak_memory_bytes = max(gather(torch.cuda.max_memory_allocated() if gpu else peak))
+    peak = (torch.cuda.max_memory_allocated() if gpu else  # else since the process began
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    flops, tokens, peaks = zip(*gather((cost.flops, cost.generated_tokens, peak)))
+    cost.flops, cost.generated_tokens, cost.peak_memory_bytes = sum(flops), sum(tokens), max(peaks)
 
 
 def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost], Any]) -> Stage:
     """The stage in the folder `name` of the run, from before, or built by make(folder, cost).
 
-    make returns what else its record holds, or a function that finds it and costs nothing.
+    make returns what else its record holds, or a function that finds it and costs nothing.  Raises
+    BadInput over checkpoints of other settings: --no_resume alone deletes work.
     """
     folder = Path(cfg.out, name).resolve()
+    work = folder.with_name(f".{folder.name}.new")
+    put_in_place(work, folder)  # where a kill came between
     if not is_fresh(name, folder / "run.json", wanted):
+        require(not folder.exists() or (folder / "run.json").exists() or not os.listdir(folder),
+                f"{folder}: holds what is no stage of a run; move it away or give another --out")
+        begun = read_record(work / "run.json").get("settings", {})
+        changed = [setting for setting in wanted if begun.get(setting) != wanted[setting]]
+        require(not (cfg.resume and changed and checkpoints_in(work)), f"{work}: holds checkpoints "
+                f"of a run with another {', '.join(changed)}; give that run's flags to go on with "
+                "it, --no_resume to start anew, or another --out")
+        barrier()
+        if rank() == 0:
+            if changed or not cfg.resume:
+                shutil.rmtree(work, ignore_errors=True)
+            write_beside(work / "run.json", [json.dumps({"settings": wanted})])
+        barrier()
         torch.manual_seed(cfg.seed)
-        with new_folder(folder, wanted, cfg.resume) as work:
+        try:
             with track_cost() as cost:
                 more = make(work, cost)
             gc.collect()  # sharded models are cycles, and the next stage needs the memory
             more = more() if callable(more) else more or {}
-            write_record(work / "run.json", wanted, cost, **more)
+        except BaseException:
+            if rank() == 0 and not checkpoints_in(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        for path in filter(Path.is_file, [*work.iterdir()] if rank() == 0 else []):
+            if path.name.startswith(".tmp"):  # a kill came while weights were written
+                path.unlink()
+                continue
+            shutil.copymode(work / "run.json", path)  # safetensors writes for its owner alone
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        write_record(work / "run.json", wanted, cost, **more)
+        put_in_place(work, folder)
     record = read_record(folder / "run.json")
-    return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]), read_cost(record))
+    cost = Cost(**{f.name: record["cost"].get(f.name, 0) for f in fields(Cost)})
+    return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]), cost)
+
+
+def put_in_place(work: Path, folder: Path) -> None:
+    """Replaces a stage's folder by what is finished, and so has a cost; called again after a kill,
+    it ends what it began."""
+    if rank() == 0 and "cost" in read_record(work / "run.json"):
+        for scratch in ("checkpoints", "tokens"):
+            shutil.rmtree(work / scratch, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    barrier()
+
+
+def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
+    """Whether the stage was built with the wanted settings (of JSON's types); says what changed."""
+    built = read_record(record).get("settings")
+    changes = [f"{name} ({built.get(name)} -> {value})" for name, value in wanted.items()
+               if built and built.get(name) != value]
+    state = f"{os.path.relpath(record.parent)}, from before" if built else "to be built"
+    print0(f"{stage}: " + (f"built again because of {', '.join(changes)}" if changes else state))
+    return bool(built) and not changes
 
 
 def train_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, samples: Samples,
                 *stages: str, **more: Any) -> Stage:
     """The algorithm's policy: from before, or train(cfg, base, samples, folder, cost)'s.
 
-    It depends on training flags, base policy and samples, flags of other `stages`, and `more`.
+    It depends on flags of data, training and other `stages`, base policy, samples and `more`.
     """
-    wanted = settings(
-        cfg, "training", *stages, seed=cfg.seed, max_prompt_tokens=cfg.max_prompt_tokens,
-        max_response_tokens=cfg.max_response_tokens, rendered_text=cfg.rendered_text,
-        train_on=cfg.train_on, base=base.fingerprint, samples=samples.fingerprint, **more)
+    wanted = settings(cfg, "data", "training", *stages, base=base.fingerprint,
+                      samples=samples.fingerprint, **more)
     return build_stage(cfg, algorithm, wanted, functools.partial(train, cfg, base, samples))
 
 
@@ -513,28 +529,26 @@ def settings(cfg: Config, *stages: str, **more: Any) -> dict:
     return {**found, **more}
 
 
+HASHES: dict[str, str] = {}  # of files, under path, size and times; launch() keeps them in the run
+
+
 def content_hash(source: str) -> str:
     """Of a file, or of a folder's files and their names, every byte of them; a Hub id is itself."""
-    root = Path(source)
+    root, found = Path(source), []
     if not root.exists():
         return source
     require(root.is_file() or root.is_dir(), f"{source}: a pipe or device; give a regular file")
-    hashes = []
     for path in [root] if root.is_file() else visible_files(root):
         stat = path.stat()
-        hashes.append((str(path.relative_to(root)),
-                       hash_file(path, stat.st_size, stat.st_mtime_ns)))
-    return fingerprint(hashes)
-
-
-@functools.cache
-def hash_file(path: Path, size: int, changed: int) -> str:
-    """Of all bytes of a file of this size and time of change: read once by a process."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            found.update(part)
-    return found.hexdigest()
+        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        if key not in HASHES:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while part := file.read(2**24):
+                    digest.update(part)
+            HASHES[key] = digest.hexdigest()
+        found.append((str(path.relative_to(root)), HASHES[key]))
+    return fingerprint(found)
 
 
 def visible_files(root: Path) -> list[Path]:
@@ -548,6 +562,11 @@ def fingerprint(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A stage's checkpoints, the last first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
+
+
 def read_record(path: Path) -> dict:
     """A JSON object from a file, {} where there is none."""
     try:
@@ -557,86 +576,16 @@ def read_record(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def read_cost(record: dict) -> Cost:
-    """The cost in a stage's record; what other versions and programs wrote there is passed over."""
-    cost = record.get("cost")
-    known = cost if isinstance(cost, dict) else {}
-    return Cost(**{f.name: known[f.name] for f in fields(Cost) if f.name in known})
-
-
-def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
-    """Whether the stage was built with the wanted settings (of JSON's types); says what changed."""
-    finish_interrupted_swap(record.parent)
-    built = read_record(record).get("settings")
-    changes = [f"{name} ({built.get(name)} -> {value})" for name, value in wanted.items()
-               if built and built.get(name) != value]
-    state = f"{os.path.relpath(record.parent)}, from before" if built else "to be built"
-    if changes:
-        state = f"built again because of {', '.join(changes)}"
-    print0(f"{stage}: {state}")
-    return bool(built) and not changes
-
-
-@contextlib.contextmanager
-def new_folder(path: Path, wanted: dict, resume: bool = True) -> Iterator[Path]:
-    """Yields a folder beside `path` to write into, and renames it to `path` when all is written.
-
-    Raises BadInput where it holds checkpoints of other settings: --no_resume alone deletes work.
-    """
-    work, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    started = read_record(work / "started.json")
-    changed = [name for name in wanted if started.get(name) != wanted[name]]
-    require(not (resume and changed and any(checkpoints_in(work))), f"{work}: holds checkpoints "
-            f"of a run with another {', '.join(changed)}; give that run's flags to go on with it, "
-            "--no_resume to start anew, or another --out")
-    barrier()
+def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
+    """Writes a stage's record on rank 0: settings, cost and what else belongs to it."""
     if rank() == 0:
-        if changed or not resume:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        for stray in work.glob(".tmp*"):  # a kill while weights were written
-            stray.unlink()
-        write_beside(work / "started.json", [json.dumps(wanted)])
+        record = {"settings": wanted, "cost": asdict(cost), **more}
+        write_beside(path, [json.dumps(record, indent=1)])
     barrier()
-    try:
-        yield work
-    except BaseException:
-        if rank() == 0 and not any(checkpoints_in(work)):
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    barrier()
-    if rank() == 0:
-        for file in filter(Path.is_file, work.iterdir()):
-            shutil.copymode(work / "started.json", file)  # safetensors writes for its owner alone
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        work.rename(path)
-    finish_interrupted_swap(path)
-
-
-def finish_interrupted_swap(path: Path) -> None:
-    """Ends the replacement of a folder, wherever a kill may have broken it off."""
-    old, started = path.with_name(f".{path.name}.old"), path / "started.json"
-    if rank() == 0:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        if started.exists():  # else the folder is whole, or was never a stage's
-            for scratch in (old, path / "checkpoints", path / "tokens"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            started.unlink()
-    barrier()
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """A stage's checkpoints, the last first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
 
 
 def write_beside(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines beside the file and renames: a kill leaves the old or the new."""
+    """Writes lines beside the file, syncs and renames: a kill leaves the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     with open(beside, "w", encoding="utf-8") as file:
@@ -644,15 +593,6 @@ def write_beside(path: Path, lines: Iterable[str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
-    """Writes a stage's record on rank 0: settings, cost and what else belongs to it."""
-    record = {"settings": wanted, "cost": asdict(cost), "torch": torch.__version__,
-              "world_size": world_size(), **more}
-    if rank() == 0:
-        write_beside(path, [json.dumps(record, indent=1)])
-    barrier()
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -2781,48 +2721,45 @@ def print_leaderboard(rows: list[dict], in_file: int) -> None:
 MOST_SKIPPED = 5  # steps in a row without a finite gradient, before a run gives up
 
 
+@dataclass
 class TrainingRun:
     """What surrounds a training loop: resuming, the progress bar, metrics.jsonl, checkpoints.
 
     Used as a context; `first` is the step to begin with, `state` a JSON-able dict that checkpoints
     keep, `cost` what the run has spent, earlier launches included.
     """
-
-    def __init__(self, folder: Path, policy: torch.nn.Module, optimizer: Any, schedule: Any,
-                 steps: int, cfg: Config, cost: Cost, state: Optional[dict] = None):
-        self.folder, self.policy, self.optimizer = folder, policy, optimizer
-        self.schedule, self.total, self.cfg, self.cost = schedule, steps, cfg, cost
-        self.state = {} if state is None else state
-        self.every = max(1, min(500, steps // 10)) if cfg.save_every is None else cfg.save_every
-        self.skipped = 0  # steps in a row
-        self.start, self.earlier = time.perf_counter(), 0.0  # seconds of earlier launches
+    folder: Path
+    policy: torch.nn.Module
+    optimizer: Any
+    schedule: Any
+    total: int
+    cfg: Config
+    cost: Cost
+    state: dict = field(default_factory=dict)
 
     def __enter__(self) -> TrainingRun:
+        self.skipped, self.start = 0, time.perf_counter()
         self.first, written = self.restore()
         name = self.folder.name.strip(".").removesuffix(".new")
-        self.tracker = metrics_tracker(self.cfg, self.folder, name, self.first)
-        self.bar = progress(None, name, total=self.total, unit="step")
-        self.bar.update(self.first)
+        self.report = metrics_tracker(self.cfg, self.folder, name, self.first)
+        self.bar = progress(None, name, total=self.total, initial=self.first, unit="step")
         path = self.folder / "metrics.jsonl" if rank() == 0 else os.devnull
-        self.file = open(path, "r+" if self.first else "w")
-        if self.first and rank() == 0:
+        self.file = open(path, "a", buffering=1)
+        if rank() == 0:
             self.file.truncate(written)
-            self.file.seek(written)
         return self
 
     def __exit__(self, *problem: Any) -> None:
         self.file.close()
         self.bar.close()
-        self.cost.seconds += self.earlier
 
     def steps(self, examples: Examples) -> Iterator[tuple[int, Batch]]:
         """The optimiser steps that are left, numbered."""
-        tokens, model = examples.tokens, getattr(self.policy, "module", self.policy).model
+        model = getattr(self.policy, "module", self.policy).model
         for step, epoch, indices in step_indices(len(examples), self.cfg, self.total, self.first):
-            rows = examples.rows[indices]
-            lengths = [int(tokens.lengths[r]) + len(examples.tag(int(r), epoch)) for r in rows]
-            batch = make_batch(lengths, tokens.response_tokens[rows], examples.weight[rows],
-                               self.cfg, lambda i: examples.example(int(indices[i]), epoch))  # noqa: B023
+            each = [examples.example(int(i), epoch) for i in indices]
+            batch = make_batch([len(e.ids) for e in each], [e.mask.sum() for e in each],
+                               [e.weight for e in each], self.cfg, each.__getitem__)
             self.cost.add_forward(model, sum(batch.lengths), sum(n * n for n in batch.lengths),
                                   sum(len(micro.rows) for micro in batch.micros), passes=3)
             yield step, batch
@@ -2831,28 +2768,30 @@ class TrainingRun:
         """Writes a line of metrics.jsonl, values averaged over ranks, None where one is not finite;
         takes a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
         values = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()}
-        *sums, flops = sum_over_ranks(*values.values(), self.cost.flops)
+        *sums, flops, tokens = sum_over_ranks(*values.values(), self.cost.flops,
+                                              self.cost.generated_tokens)
         line = {"step": step, **{name: total / world_size() if math.isfinite(total) else None
                                  for name, total in zip(values, sums)}}
+        spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops,
+                 "generated_tokens": int(tokens)}
+        self.file.write(json.dumps({**line, **spent}) + "\n")
         known = {name: value for name, value in line.items() if value is not None}
-        seconds = time.perf_counter() - self.start
-        self.file.write(json.dumps({**line, "seconds": round(seconds, 3), "flops": flops}) + "\n")
-        self.tracker(known)
-        self.bar.update(1)
-        self.bar.set_postfix_str(", ".join(f"{k} {v:.4g}" for k, v in list(known.items())[1:5]),
-                                 refresh=False)
+        self.report(known)
+        self.bar.update()
+        self.bar.set_postfix(dict(list(known.items())[1:5]), refresh=False)
         self.skipped = self.skipped + 1 if line["grad_norm"] is None else 0
         if self.skipped:
             print0(f"warning: step {step}: the gradient is not finite; the step is skipped")
         require(self.skipped < MOST_SKIPPED, f"{self.folder.parent}: {self.skipped} steps in a "
                 f"row, the last of them step {step}, without a finite gradient; lower --lr; the "
                 "last checkpoint is from before")
-        due = self.every and (step + 1) % self.every == 0 and step + 1 < self.total
-        if due and not self.skipped:
-            self.file.flush()
-            self.checkpoint(step + 1)
+        every, done = self.cfg.save_every, step + 1
+        if every is None:
+            every = max(1, min(500, self.total // 10))
+        if every and done % every == 0 and done < self.total and not self.skipped:
+            self.checkpoint(done, spent)
 
-    def checkpoint(self, step: int) -> None:
+    def checkpoint(self, step: int, spent: dict) -> None:
         """Writes checkpoints/step beside and renames; the last two are kept.
 
         Nothing else is needed to go on: data order and sampling follow from seed and step.
@@ -2862,72 +2801,51 @@ class TrainingRun:
         work = self.folder / "checkpoints" / ".new"
         if rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
         barrier()
         weights, moments = get_state_dict(self.policy, self.optimizer)
         try:
             dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work,
-                     no_dist=not dist.is_initialized())
+                     no_dist=not dist.is_initialized())  # it syncs the files
         except dcp.CheckpointException as problem:  # of all ranks, a BaseException
             raise next(iter(problem.failures.values()))[0] from None
-        flops, tokens, seconds = sum_over_ranks(self.cost.flops, self.cost.generated_tokens,
-                                                time.perf_counter() - self.start)
         if rank() == 0:
             record = {"step": step, "state": self.state, "schedule": self.schedule.state_dict(),
-                      "metrics_bytes": self.file.tell(),
-                      "files": {path.name: path.stat().st_size for path in work.iterdir()},
-                      "world_size": world_size(), "spent": [flops, tokens, seconds / world_size()]}
-            (work / "state.json").write_text(json.dumps(record))
-            for path in work.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            whole = work.with_name(f"{step:08}")
-            shutil.rmtree(whole, ignore_errors=True)  # one that was not whole
-            work.rename(whole)
+                      "metrics_bytes": self.file.tell(), "world_size": world_size(), "cost": spent}
+            write_beside(work / "state.json", [json.dumps(record)])
+            work.rename(work.with_name(f"{step:08}"))
             for old in checkpoints_in(self.folder)[2:]:
                 shutil.rmtree(old)
         barrier()
 
     def restore(self) -> tuple[int, int]:
-        """Takes up the last whole checkpoint: its step and the bytes of metrics.jsonl then, or 0s.
+        """Takes up the last checkpoint: its step and the bytes of metrics.jsonl then, or 0s.
 
-        Checkpoints are torch's, which unpickles their metadata: they must be this user's own.
+        Raises BadInput where it is damaged, or another user's: torch unpickles its metadata.
         """
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        folder, record = gather(last_whole(checkpoints_in(self.folder)) if rank() == 0 else 0)[0]
-        if not folder:
+        last = gather(checkpoints_in(self.folder)[:1])[0]  # as rank 0 sees it
+        if not last:
             return 0, 0
+        record, ways_out = read_record(last[0] / "state.json"), "delete it, or give --no_resume"
+        require({path.stat().st_uid for path in last[0].iterdir()} <= {os.getuid(), 0},
+                f"{last[0]}: another user's, who could run code by it; {ways_out}")
         weights, moments = get_state_dict(self.policy, self.optimizer)
-        dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder,
-                 no_dist=not dist.is_initialized())
+        try:
+            dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=last[0],
+                     no_dist=not dist.is_initialized())
+        except dcp.CheckpointException as problem:
+            raise BadInput(f"{last[0]}: damaged; {ways_out}") from problem
         set_state_dict(self.policy, self.optimizer, model_state_dict=weights,
                        optim_state_dict=moments)
         self.schedule.load_state_dict(record["schedule"])
         self.state.update(record["state"])
-        flops, tokens, self.earlier = record["spent"]
-        self.start -= self.earlier
-        if rank() == 0:
-            self.cost.flops, self.cost.generated_tokens = flops, int(tokens)
-        ranks = record.get("world_size", world_size())
+        spent = record["cost"] if rank() == 0 else {"seconds": record["cost"]["seconds"]}
+        vars(self.cost).update(spent)  # the ranks' FLOPs and tokens are summed in the end
+        ranks = record["world_size"]
         print0(f"  goes on from step {record['step']}" + ("" if ranks == world_size() else
                f", which {ranks} rank(s) reached: with {world_size()} the last bits may differ"))
         return record["step"], record["metrics_bytes"]
-
-
-def last_whole(checkpoints: list[Path]) -> tuple[Optional[Path], dict]:
-    """The first of these checkpoints whose files are all there, as long as they were, and its
-    state.json.  Raises BadInput where another user owns it."""
-    for folder in checkpoints:
-        record = read_record(folder / "state.json")
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        if record and all(sizes.get(name) == size for name, size in record["files"].items()):
-            require({path.stat().st_uid for path in folder.iterdir()} <= {os.getuid(), 0},
-                    f"{folder}: belongs to another user, and resuming would run what it holds; "
-                    "--no_resume starts anew")
-            return folder, record
-        print0(f"  {folder}: not whole; the one before is taken")
-    return None, {}
 
 
 def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callable[[dict], None]:
@@ -2941,8 +2859,7 @@ def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callabl
             return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
         tracker = __import__(cfg.report_to)
     except ImportError as problem:
-        raise BadInput(f"--report_to {cfg.report_to} needs the package: pip install "
-                       f"{cfg.report_to}") from problem
+        raise BadInput(f"--report_to {cfg.report_to}: pip install {cfg.report_to}") from problem
     tracker.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}", config=asdict(cfg))
     return lambda line: tracker.log(line, step=int(line["step"]))
 
@@ -3068,8 +2985,7 @@ def base_policy(cfg: Config) -> Stage:
     if cfg.toy:
         train = functools.partial(train_toy_base, cfg)
         return build_stage(cfg, "base", settings(cfg, "data"), train)
-    cost = read_cost(read_record(Path(cfg.model) / "run.json"))
-    return Stage(cfg.model, content_hash(cfg.model), cost)
+    return Stage(cfg.model, content_hash(cfg.model), Cost())
 
 
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
@@ -3089,8 +3005,7 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None))
-    own = other_config(Config, cfg, {"lr": 5e-3, "steps": 600, "batch_size": 32})
-    own.sharding = "ddp"
+    own = replace(cfg, lr=5e-3, steps=600, batch_size=32, sharding="ddp")
     choose_micro_batch(model.to(device()), own)
     policy = wrap_for_ranks(Policy(model, own), own)
     optimizer, schedule = make_optimizer(policy, own, own.steps)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -312,11 +312,19 @@ def for_run(cfg: common.Config, base: Stage, own: Optional[Config] = None) -> Op
         print0("no reward model: --samples brings the rewards, and evaluation shows none")
         return None
     before = common.read_record(Path(cfg.out) / "rm" / "run.json").get("settings", {})
-    own = own or common.other_config(Config, cfg, before)
+    own = own or for_other_script(cfg, before)
     wanted = {**common.settings(cfg, "data"), **common.settings(own, "training"),
               "base": base.fingerprint}
     stage = common.build_stage(own, "rm", wanted, functools.partial(train, own, base))
     return stage._replace(load_scorer=functools.partial(load_scorer, cfg, stage.folder))
+
+
+def for_other_script(cfg: common.Config, before: dict) -> Config:
+    """The Config of another script's run: its shared flags, training flags from `before`."""
+    own = {f.name for f in fields(Config) if f.metadata["help"].stage == "training"}
+    shared = {f.name: getattr(cfg, f.name) for f in fields(common.Config) if f.name not in own}
+    kept = {name: value for name, value in before.items() if name in own}
+    return Config(**{**(common.toy_defaults(Config) if cfg.toy else {}), **shared, **kept})
 
 
 def judge(cfg: common.Config) -> Optional[Callable]:

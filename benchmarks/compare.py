@@ -33,7 +33,7 @@ from common import flag
 TARGETS = ["q5", "q25", "q50", "q75", "q95", "q99"]
 SCRIPTS = {"sft": (mle_filter, {"keep": 1.0}), "mle_filter": (mle_filter, {}), "rwr": (rwr, {}),
            "dt": (dt, {"target": TARGETS}), "ppo": (ppo_baseline, {})}
-UNITS = {"total_flops": "FLOPs", "total_device_seconds": "device seconds",
+UNITS = {"total_flops": "FLOPs", "total_seconds": "seconds",
          "total_generated_tokens": "generated tokens"}
 # 97.5 % quantiles of Student's t at 1, 2, ... degrees of freedom
 T_QUANTILE = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14,
@@ -134,7 +134,7 @@ def curve(folder: Path, row: dict) -> tuple[dict[str, np.ndarray], np.ndarray]:
     its gold reward."""
     steps = [step for _, step in common.read_jsonl(folder / "ppo" / "metrics.jsonl")]
     training = row["costs"]["training"]
-    spent = {"total_flops": "flops", "total_device_seconds": "seconds",
+    spent = {"total_flops": "flops", "total_seconds": "seconds",
              "total_generated_tokens": "tokens"}
     x = {}
     for unit, name in spent.items():
@@ -208,7 +208,7 @@ def over_optimisation(cfg: Config) -> list[str]:
 
 
 def draw_compute(plt, rows: dict[str, list[dict]], cfg: Config, file: Path) -> None:
-    """Gold reward against FLOPs, device seconds and generated tokens, all that a method needs
+    """Gold reward against FLOPs, seconds and generated tokens, all that a method needs
     included."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     shown = {name: group for name, group in rows.items() if name != "base"

@@ -34,7 +34,7 @@ SCRIPTS = {"sft": ["mle_filter.py", "--keep", "1.0"],
            "ppo": ["ppo_baseline.py", "--rollout_batch_size", "64", "--batch_size", "16",
                    "--ppo_epochs", "2"]}
 COLUMNS = {"kl_to_base": ".1f", "perplexity": ".1f", "response_tokens": ".0f", "eos_rate": ".2f",
-           "distinct_2": ".3f", "train_device_seconds": ".0f", "train_flops": ".1e"}
+           "distinct_2": ".3f", "train_seconds": ".0f", "train_flops": ".1e"}
 # a rough list of words
 EVASIVE = re.compile(r"\b(sorry|not sure|I don[’']t|can[’']t|cannot)\b", re.IGNORECASE)
 

@@ -239,7 +239,7 @@ def composition(folders: list[str]) -> list[dict]:
                       "perplexity": f"{own['perplexity']:.1f}", "KL": f"{own['kl_to_base']:.1f}",
                       "tokens": f"{own['response_tokens']:.0f}",
                       "distinct-2": f"{own['distinct_2']:.3f}",
-                      "training s": f"{having[0][1]['train_device_seconds']:.0f}",
+                      "training s": f"{having[0][1]['train_seconds']:.0f}",
                       "training FLOPs": f"{having[0][1]['train_flops']:.1e}"}
     return list(rows.values())
 
