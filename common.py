@@ -1656,30 +1656,25 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **cache: An
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None,
-               kind: str = "AutoModelForCausalLM", drawn: tuple = (), spare: tuple = (),
-               **more: Any) -> Any:
+               kind: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
     """A transformers model on this rank's device, in eval mode for ever: with dropout, a gradient
     would depend on how a batch is cut.
 
-    Raises BadInput where weights are missing, but for `drawn` ones, unknown, but for `spare` ones,
-    or not finite.
+    Raises BadInput where a weight is missing or unknown, but for those of `heads`, or not finite.
     """
     import transformers
-    causal = "Causal" in kind
-    with load_errors(name, "a causal language model" if causal else
-                     "a reward model (sequence classification, num_labels=1)"):
+    with load_errors(name, f"weights of {kind}"):
         model, report = getattr(transformers, kind).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **more)
-    for what, found, allowed in (("lacks", "missing", drawn), ("has unknown", "unexpected", spare),
-                                 ("has misshapen", "mismatched", drawn)):
-        wrong = sorted(k for k in map(str, report[f"{found}_keys"]) if not k.startswith(allowed)
-                       and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", k))  # a buffer
-        require(not wrong, f"{name}: {what} weights: {', '.join(wrong[:4])} ({len(wrong)} in all)")
+    wrong = [f"{key} ({how})" for how in ("missing", "unexpected", "mismatched")
+             for key in sorted(map(str, report[f"{how}_keys"])) if not key.startswith(heads)
+             and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", key)]  # a buffer
+    require(not wrong, f"{name}: weights do not fit: {', '.join(wrong[:4])}, {len(wrong)} in all")
     bad = [n for n, p in model.named_parameters() if not p.sum().isfinite()]
     require(not bad, f"{name}: {bad and bad[0]} holds NaN or infinite weights")
     model = enable_packing(model.to(where or device()).eval())
-    if causal:
+    if "Causal" in kind:
         check_linear_head(name, model)
     return model
 
@@ -1802,7 +1797,7 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
     for part in [*blocks_of(module), module]:
         fsdp.fully_shard(part, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
-            cast_forward_inputs=part is not module))
+            cast_forward_inputs=part is not module))  # the root's hold float32 columns
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True,
                                                                    broadcast_from_rank0=True))
     for buffer in module.buffers():  # those too that no state dict holds
@@ -1814,8 +1809,8 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
 
 @torch.no_grad()
 def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
-    """A copy in `dtype`, a sharded model's whole again; all ranks call it together, those that need
-    none with the meta device."""
+    """A copy in `dtype`, a sharded model's whole; all ranks call it together, those that need none
+    with the meta device."""
     weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).to(where, dtype)
                for name, p in model.named_parameters()}
     copy = meta_model(type(model), model.config)
@@ -1881,8 +1876,7 @@ Human Feedback*, arXiv 2308.12050.
 ```python
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ids = tokenizer(prompt).input_ids{tag}
 # of chat: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))

@@ -200,8 +200,8 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
     """The base policy's body under a new head, with room for the tokenizer's padding token."""
     kind = "AutoModelForSequenceClassification"
     require_classifier(base)
-    model = common.load_model(base, where=where, kind=kind, drawn=("score.",), num_labels=1,
-                              spare=("lm_head.", "embed_out.", "output_projection."))
+    heads = ("score.", "lm_head.", "embed_out.", "output_projection.")
+    model = common.load_model(base, where=where, kind=kind, heads=heads, num_labels=1)
     common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
     if len(codec.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(codec.tokenizer), mean_resizing=False)
