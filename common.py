@@ -1452,7 +1452,8 @@ class Examples:
         (ids, mask), tag = self.tokens[row], self.tag(row, epoch)
         if tag:
             at = np.flatnonzero(np.append(True, ~mask))[-1]  # where the last response begins
-            ids, mask = np.insert(ids, at, tag), np.insert(mask, at, [False] * len(tag))
+            ids = np.concatenate([ids[:at], tag, ids[at:]])
+            mask = np.concatenate([mask[:at], [False] * len(tag), mask[at:]])
         return Example(ids, mask, float(self.weight[row]))
 
 
@@ -1874,9 +1875,6 @@ Trained from `{base}` on `{data}` by {algorithm}: {flags}. Torch {torch.__versio
 Human Feedback*, arXiv 2308.12050.
 
 ```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 ids = tokenizer(prompt).input_ids{tag}
 # of chat: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
