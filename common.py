@@ -1336,41 +1336,36 @@ def split_prompts(cfg: Config, held_out: bool) -> list:
 
 
 # ---------------------------------------------------------------------------------------- batches
-# Samples are tokenised once, into flat arrays on disk; a step slices them.  The order of the data
-# and the cut into steps come from the seed alone; ranks and micro-batches share out a step's work.
+# Samples are tokenised once, into flat arrays on disk; a step slices them, in an order that comes
+# from the seed alone.
 
 
 class Example(NamedTuple):
-    """A sequence, and what a loss needs beside: `columns` hold a number for each response token."""
-    ids: np.ndarray   # (T,) int32
-    mask: np.ndarray  # (T,) bool, the response mask
+    """A sequence, and what a loss needs beside."""
+    ids: np.ndarray      # (T,) int32
+    mask: np.ndarray     # (T,) bool, the response mask
     weight: float = 1.0
-    columns: tuple = ()
+    columns: tuple = ()  # PPO's: a number for each response token
 
 
 class Tokens:
-    """Many sequences end to end, memory-mapped: 5 bytes a token, shared by the ranks of a node."""
+    """The (ids, mask) of sequences(), end to end, memory-mapped: 5 bytes a token and node."""
 
     def __init__(self, folder: Path, sequences: Callable[[], Iterable[tuple]]):
-        """Rank 0 writes the (ids, mask) of sequences(); all ranks open what it wrote."""
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            lengths, starts = [], []
+            ends = [0]
             with open(folder / "ids", "wb") as ids_file, open(folder / "mask", "wb") as mask_file:
                 for ids, mask in sequences():
                     ids_file.write(ids.astype(np.int32))
                     mask_file.write(mask.astype(bool))
-                    lengths.append(len(ids))
-                    last = len(mask) - int(np.append(~mask.astype(bool)[::-1], True).argmax())
-                    starts.append((last, int(mask.sum())))  # before the last response; learnt
-            np.save(folder / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-            np.save(folder / "starts.npy", np.array(starts, dtype=np.int32))
+                    ends.append(ends[-1] + len(ids))
+            np.save(folder / "offsets.npy", np.array(ends))
         barrier()
         self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
         self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
-        self.offsets = np.load(folder / "offsets.npy")                                  # (n + 1,)
-        self.lengths = np.diff(self.offsets)                                            # (n,)
-        self.prompt_lengths, self.response_tokens = np.load(folder / "starts.npy").T    # (n,) each
+        self.offsets = np.load(folder / "offsets.npy")  # (n + 1,)
+        self.lengths = np.diff(self.offsets)            # (n,)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         span = slice(self.offsets[i], self.offsets[i + 1])
@@ -1378,10 +1373,8 @@ class Tokens:
 
 
 class Examples:
-    """What a policy trains on: some rows of Tokens, each with a weight, and a tag before its reply.
-
-    tag(i, epoch) is the ids that go between sample i's prompt and its response.
-    """
+    """What a policy trains on: some rows of Tokens, each with a weight; tag(i, epoch) is the ids
+    that go between sample i's prompt and its response."""
 
     def __init__(self, tokens: Tokens, rows: Optional[np.ndarray] = None,
                  weight: Optional[np.ndarray] = None,
@@ -1396,78 +1389,66 @@ class Examples:
     def example(self, i: int, epoch: int = 0) -> Example:
         """The i-th example as this epoch reads it."""
         row = int(self.rows[i])
-        ids, mask = self.tokens[row]
-        tag, at = self.tag(row, epoch), self.tokens.prompt_lengths[row]
+        (ids, mask), tag = self.tokens[row], self.tag(row, epoch)
         if tag:
-            ids, mask = np.insert(ids, at, tag), np.insert(mask, at, [False] * len(tag))
+            at = np.flatnonzero(np.append(True, ~mask))[-1]  # where the last response begins
+            ids = np.concatenate([ids[:at], tag, ids[at:]])
+            mask = np.concatenate([mask[:at], [False] * len(tag), mask[at:]])
         return Example(ids, mask, float(self.weight[row]))
 
 
-@dataclass
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """What one forward takes: packed sequences, T tokens, N of which are learnt."""
     input_ids: torch.Tensor      # (T,) int64
     lengths: list[int]           # of the sequences
     rows: torch.Tensor           # (N,) int64, the positions that predict a response token
     targets: torch.Tensor        # (N,) int64, those tokens
     weight: torch.Tensor         # (N,) float32, their sequences' weights
-    columns: list[torch.Tensor]  # (N,) float32 each, of Example.columns: PPO's alone
+    columns: list[torch.Tensor]  # (N,) float32 each
 
 
-@dataclass
 class Batch:
-    """One optimiser step: this rank's micro-batches, and what their losses' sum is divided by."""
-    micros: list[MicroBatch]
-    lengths: list[int]  # of this rank's sequences
-    tokens: int         # response tokens, all ranks
-    normaliser: float   # sum of weight * response tokens over all ranks, / ranks: DDP averages
+    """An optimiser step: this rank's micro-batches, and what their losses' sum is divided by."""
 
-
-def make_batch(lengths: list[int], response_tokens: Any, weights: Any, cfg: Config,
-               read: Callable[[int], Example]) -> Batch:
-    """A step over examples of these lengths, numbers of response tokens, and weights; read(i) is
-    called for this rank's share alone."""
-    shares = shard_micro_batches(lengths, cfg.forward_tokens)
-    micros = [collate([read(i) for i in share or [0]], learnt=bool(share)) for share in shares]
-    total = float(np.dot(weights, response_tokens))
-    return Batch(micros, [lengths[i] for share in shares for i in share],
-                 int(np.sum(response_tokens)),
-                 (total if total > 1e-20 else 1.0) / world_size())  # weights may vanish: no 0 / 0
+    def __init__(self, examples: list[Example], cfg: Config):
+        shares = group_by_token_budget([len(e.ids) for e in examples], cfg.forward_tokens, True)
+        self.micros = [collate([examples[i] for i in share or [0]], bool(share))
+                       for share in shares]
+        counts = [e.mask.sum() for e in examples]
+        self.tokens = int(sum(counts))  # of responses, all ranks together
+        total = float(np.dot([e.weight for e in examples], counts))
+        self.normaliser = (total if total > 1e-20 else 1.0) / world_size()  # DDP averages
 
 
 def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
-    """Examples as packed tensors.  Without `learnt` N = 0: a rank that has run out of micro-batches
+    """Examples as packed tensors.  Not `learnt`, N = 0: a rank that has run out of micro-batches
     still joins every forward, as the others' collectives wait for it."""
-    ids = torch.from_numpy(np.concatenate([e.ids for e in examples]).astype(np.int64))      # (T,)
-    mask = np.concatenate([np.append(e.mask[1:], False) for e in examples])  # t predicts t + 1
-    rows = torch.from_numpy((mask & learnt).nonzero()[0])                                   # (N,)
-    weight = np.repeat([e.weight for e in examples], [e.mask[1:].sum() for e in examples])
-    columns = [weight, *map(np.concatenate, zip(*(e.columns for e in examples)))]
-    ids, rows, targets, weight, *columns = (t.to(device(), non_blocking=True) for t in (
-        ids, rows, ids[rows + 1],
-        *(torch.as_tensor(c, dtype=torch.float32)[:len(rows)] for c in columns)))
-    return MicroBatch(ids, [len(e.ids) for e in examples], rows, targets, weight, columns)
+    lengths = [len(e.ids) for e in examples]
+    mask = np.concatenate([np.append(e.mask[1:], False) for e in examples]) & learnt
+    ids, rows = np.concatenate([e.ids for e in examples]), np.flatnonzero(mask)  # t predicts t + 1
+    weight = np.repeat([e.weight for e in examples], lengths)[rows]
+    columns = [np.concatenate(each)[:len(rows)] for each in zip(*(e.columns for e in examples))]
+    ids, rows, weight, *columns = (
+        torch.as_tensor(x).to(device(), dtype, non_blocking=True)
+        for x, dtype in ((ids, torch.int64), (rows, torch.int64),
+                         *((c, torch.float32) for c in (weight, *columns))))
+    return MicroBatch(ids, lengths, rows, ids[rows + 1], weight, columns)
 
 
 def group_by_token_budget(lengths: list[int], budget: int,
-                          which: Optional[list[int]] = None) -> list[list[int]]:
-    """`which` indices into lengths, or all, longest first, cut so that count * longest <= budget,
-    one at least."""
+                          over_ranks: bool = False) -> list[list[int]]:
+    """Indices into lengths, longest first, cut so that count * longest <= budget, one at least;
+    `over_ranks` this rank's share, of as many groups as the others have, [] where it has no more.
+    """
+    order, first = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
+    here, ranks = (rank(), world_size()) if over_ranks else (0, 1)
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)) if which is None else which, key=lambda i: -lengths[i]):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+    for i in range(0, len(order), ranks):  # one sequence for each rank
+        if not groups or (i - first + ranks) * lengths[order[first]] > budget * ranks:
             groups.append([])
-        groups[-1].append(i)
+            first = i
+        groups[-1] += order[i:i + ranks][here:here + 1]
     return groups
-
-
-def shard_micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """This rank's micro-batches of a step.  All ranks get as many; [] where one has none left."""
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cuts = [group_by_token_budget(lengths, budget, by_length[r::world_size()])
-            for r in range(world_size())]
-    most = max(map(len, cuts))
-    return cuts[rank()] + [[]] * (most - len(cuts[rank()]))
 
 
 def count_steps(examples: int, cfg: Config) -> int:
@@ -1495,6 +1476,24 @@ def print_plan(examples: int, cfg: Config) -> None:
            f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
 
 
+FORWARD_ONLY = 4  # times as many tokens where no activations are kept
+
+
+@torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
+def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: Any,
+                        examples: list[Example], cfg: Config, cost: Cost) -> list[list[float]]:
+    """What compute(micro-batch) -> (N,), which runs `model`, finds of each response token, on every
+    rank; ranks share the work."""
+    found, budget = {}, FORWARD_ONLY * cfg.forward_tokens
+    for share in group_by_token_budget([len(e.ids) for e in examples], budget, True):
+        micro = collate([examples[i] for i in share or [0]], bool(share))
+        cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
+                         len(micro.rows))
+        values = iter(compute(micro).tolist())
+        found |= {i: list(itertools.islice(values, int(examples[i].mask.sum()))) for i in share}
+    return gather_by_index(found, len(examples))
+
+
 # ------------------------------------------------------------------------------- packed attention
 # A micro-batch is one row of tokens, sequence after sequence, by transformers' own contract: where
 # each begins travels as `cu_seq_lens_q` to the attention function.  It builds no mask.
@@ -1508,13 +1507,13 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
               sliding_window: Optional[int] = None, cu_seq_lens_q: Optional[torch.Tensor] = None,
               max_length_q: int = 0, slot_age: Optional[torch.Tensor] = None,
               **_: Any) -> tuple[torch.Tensor, None]:
-    """Causal attention (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), of
+    """Causal attention, (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), of
     the sampler's new tokens to their slots (T = 1), or of whole sequences."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     b, heads, t, width = query.shape
+    group, window = heads // key.shape[1], sliding_window or 2**31
     if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
         from torch.nn.attention.varlen import varlen_attn
-        group, window = heads // key.shape[1], sliding_window or max_length_q
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
         return varlen_attn(
             q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), cu_seq_lens_q,
@@ -1525,29 +1524,27 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
         return torch.cat([attention(module, *qkv, None, scaling, sliding_window)[0]
                           for qkv in each], dim=1), None
     if t == 1:  # query heads that share a key are so many positions of one head: no key is copied
-        seen = None
-        if slot_age is not None:                            # (B, 1, 1, S), how long ago, < 0: never
-            seen = slot_age >= 0
-            seen = seen & (slot_age < sliding_window) if sliding_window else seen
+        seen = None if slot_age is None else slot_age >= 0  # (B, 1, 1, S), how long ago, < 0: never
+        if sliding_window and seen is not None:
+            seen = seen & (slot_age < sliding_window)
         query = query.reshape(b, key.shape[1], -1, width)
         return sdpa(query, key, value, seen, scale=scaling).reshape(b, 1, heads, -1), None
     band = None
-    if sliding_window and t > sliding_window:
-        band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - sliding_window)
+    if t > window:
+        band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - window)
     if query.is_cuda:  # its fast float32 kernels know no grouped heads
-        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     return sdpa(query, key, value, band, is_causal=band is None, scale=scaling,
                 enable_gqa=True).transpose(1, 2), None
 
 
 @torch.no_grad()
 def enable_packing(model: Any) -> Any:
-    """The model, made to read packed sequences, if it proves to: two of them, longer than its
-    windows (made small for this), and a token sampled after each, are read as each alone is."""
+    """The model, made to read packed sequences if two of them, longer than its windows (made small
+    for this), and a token sampled after each are read as each alone is."""
     from transformers import AttentionInterface
     AttentionInterface.register(PACKED, attention)
-    before = model.config._attn_implementation
-    if before != "sdpa":
+    if model.config._attn_implementation != "sdpa":
         return model
     windows = [(part, name, value) for part in [model.config.get_text_config(), *model.modules()]
                for name in ("sliding_window", "attention_chunk_size")
@@ -1571,67 +1568,54 @@ def enable_packing(model: Any) -> Any:
         for part, name, value in windows:
             setattr(part, name, value)
     if not proven:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation("sdpa")
         print0(f"  a {type(model).__name__} does not read packed sequences as if each were alone: "
                "padded, and sampled by transformers' generate")
     return model
 
 
-def body_of(model: Any) -> Any:
-    """The model without its head; Llama 4's class calls the whole of itself its base model."""
-    return model.base_model if model.base_model is not model else model.model
-
-
-def read_packed(model: Any, ids: torch.Tensor, lengths: list[int], **more: Any) -> torch.Tensor:
-    """The body's last hidden states (T, D) of packed sequences, ids (T,)."""
+def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **cache: Any) -> torch.Tensor:
+    """The body's last hidden states (T, D) of packed sequences, ids (T,); `cache` is the sampler's.
+    """
+    body = model.base_model if model.base_model is not model else model.model  # Llama 4's
+    config = model.config.get_text_config()
+    packed = config._attn_implementation == PACKED and config.hidden_size >= PADDED_BELOW
+    if not (packed or cache):
+        # padding comes after a sequence, where causal attention does not look: no mask is needed
+        padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
+        hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
+        return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
-    return body_of(model)(
-        input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends, cu_seq_lens_k=ends,
-        max_length_q=max(lengths), max_length_k=max(lengths),
-        **{"use_cache": False, **more}).last_hidden_state[0]
-
-
-def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """The body's last hidden states (T, D) of packed sequences, ids (T,): packed or padded."""
-    config = model.config.get_text_config()
-    if config._attn_implementation == PACKED and config.hidden_size >= PADDED_BELOW:
-        return read_packed(model, ids, lengths)
-    # padding comes after a sequence, where causal attention does not look: no mask is needed
-    padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
-    hidden = body_of(model)(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
-    return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
+    return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
+                cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
+                use_cache=bool(cache), **cache).last_hidden_state[0]
 
 
 # ----------------------------------------------------------------------------------------- models
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None,
-               kind: str = "AutoModelForCausalLM", drawn: tuple = (), spare: tuple = (),
-               **more: Any) -> Any:
-    """A transformers model on this rank's device, in eval mode: dropout and routers that draw are
-    off for ever, so that a gradient does not depend on how a batch is cut.
+               kind: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
+    """A transformers model on this rank's device, in eval mode for ever: with dropout, a gradient
+    would depend on how a batch is cut.
 
-    Raises BadInput where weights are missing, but for those `drawn` anew, where there are others
-    than the model has, but for `spare` ones, or where one is not finite.
+    Raises BadInput where a weight is missing or unknown, but for those of `heads`, or not finite.
     """
     import transformers
-    causal = "Causal" in kind
-    with load_errors(name, "a causal language model" if causal else
-                     "a reward model (sequence classification, num_labels=1)"):
+    with load_errors(name, f"weights of {kind}"):
         model, report = getattr(transformers, kind).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **more)
-    for what, found, allowed in (("lacks", "missing", drawn), ("has unknown", "unexpected", spare),
-                                 ("has misshapen", "mismatched", drawn)):
-        wrong = sorted(k for k in map(str, report[f"{found}_keys"]) if not k.startswith(allowed)
-                       and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", k))  # a buffer
-        require(not wrong, f"{name}: {what} weights: {', '.join(wrong[:4])} ({len(wrong)} in all)")
+    wrong = [f"{key} ({how})" for how in ("missing", "unexpected", "mismatched")
+             for key in sorted(map(str, report[f"{how}_keys"])) if not key.startswith(heads)
+             and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", key)]  # a buffer
+    require(not wrong, f"{name}: weights do not fit: {', '.join(wrong[:4])}, {len(wrong)} in all")
     bad = [n for n, p in model.named_parameters() if not p.sum().isfinite()]
     require(not bad, f"{name}: {bad and bad[0]} holds NaN or infinite weights")
     model = enable_packing(model.to(where or device()).eval())
-    if causal:
+    if "Causal" in kind:
         check_linear_head(name, model)
     return model
 
@@ -1639,62 +1623,63 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
 @torch.no_grad()
 def check_linear_head(name: str, model: Any) -> None:
     """Raises BadInput unless logits are hidden states times head, scaled or soft-capped."""
-    head = model.get_output_embeddings()
-    require(head is not None, f"{name}: the model has no output head")
+    head, ours = model.get_output_embeddings(), []
+    require(head is not None and getattr(head, "bias", None) is None,
+            f"{name}: the fused loss needs a model with an output head, and without a bias there")
     ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
-    scale, cap = head_transform(model)
-    ours = head(hidden_states(model, ids, [8])).float() * scale
-    ours = cap * (ours / cap).tanh() if cap else ours
-    theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
+    head_loss(lambda logits: ours.append(logits.float().clone()) or logits[:, 0],
+              hidden_states(model, ids, [8]), model)
+    ours, theirs = torch.cat(ours), model(input_ids=ids[None], use_cache=False).logits[0].float()
     require(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())),
             f"{name}: its logits are not hidden states times head, which the fused loss needs")
 
 
-def autocast(dtype: torch.dtype) -> Any:
-    """Matrix products in this dtype, whatever the weights'; nothing to do for float32."""
-    return torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
-
-
 class Policy(torch.nn.Module):
-    """A causal language model whose forward ends in the fused loss, so that the hooks of DDP and
-    FSDP cover body and head alike."""
+    """A causal language model whose forward ends in the fused loss: so the hooks of DDP and FSDP
+    cover body and head alike."""
 
     def __init__(self, model: Any, cfg: Config):
         super().__init__()
         self.model, self.dtype = model, compute_dtype(cfg)
+        self.temperature = cfg.temperature or 1.0
 
     def forward(self, micro: MicroBatch, kernel: Callable, *columns: torch.Tensor) -> torch.Tensor:
         """The kernel's loss, summed over the response tokens: a float32 scalar.  columns (N,)."""
-        with autocast(self.dtype):
+        with torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32):
             hidden = hidden_states(self.model, micro.input_ids, micro.lengths)[micro.rows]  # (N, D)
             return head_loss(kernel, hidden, self.model, micro.targets, *columns)
 
-    def log_probs(self, micro: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
-        """Each response token's log-prob (N,) float32, as forward finds it; needs no gradient."""
-        with autocast(self.dtype):
-            return log_probs(self.model, micro, temperature)
+    @torch.no_grad()
+    def log_probs(self, micro: MicroBatch) -> torch.Tensor:
+        """Each response token's log-prob at --temperature, as forward finds it: (N,) float32."""
+        found = [micro.weight[:0]]
+
+        def keep(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            log_p = (logits.float() / self.temperature).log_softmax(-1)             # (n, V)
+            found.append(log_p.gather(1, targets[:, None]).squeeze(1))
+            return found[-1]
+        Policy.forward(self, micro, keep)  # a subclass's does more
+        return torch.cat(found)
 
 
-def load_policy(name: str, cfg: Config, codec: Optional[Codec] = None,
-                new_tokens: Iterable[str] = ()) -> torch.nn.Module:
-    """The policy to train, with float32 weights, wrapped for several ranks; new tokens, of which
-    none is ever sampled, are added to the codec's tokenizer, and start as the mean embedding."""
+def load_policy(name: str, cfg: Config, frozen: bool = False, codec: Optional[Codec] = None,
+                new_tokens: tuple = ()) -> torch.nn.Module:
+    """A policy, wrapped for several ranks: to train, with float32 weights, or frozen, for its
+    log_probs.  New tokens, never sampled, join the codec's and start as the mean embedding."""
+    whole = frozen and not is_sharded(cfg)
     first = len(codec.tokenizer) if new_tokens else 0
     if new_tokens:
-        codec.tokenizer.add_special_tokens({"additional_special_tokens": new_tokens},
+        codec.tokenizer.add_special_tokens({"additional_special_tokens": list(new_tokens)},
                                            replace_extra_special_tokens=False)
 
     def load(where: torch.device) -> Any:
-        model = load_model(name, where=where)
+        model = load_model(name, compute_dtype(cfg) if whole else torch.float32, where)
         return add_embeddings(model, first, len(codec.tokenizer)) if new_tokens else model
-    model = load_for_training(load, cfg)
+    policy = Policy(load_for_training(load, cfg).requires_grad_(not frozen), cfg)
     if new_tokens:
-        model.generation_config.suppress_tokens = list(range(first, len(codec.tokenizer)))
-    shape = model.config.get_text_config()
-    if any(getattr(shape, f"{kind}_experts", 0) for kind in ("num", "num_local", "n_routed")):
-        print0("  a mixture of experts: its auxiliary loss, which balances the router, is left out")
-    choose_micro_batch(model, cfg)
-    return wrap_for_ranks(Policy(model, cfg), cfg)
+        never = list(range(first, len(codec.tokenizer)))
+        policy.model.generation_config.suppress_tokens = never
+    return policy if whole else wrap_for_ranks(policy, cfg, "log_probs")
 
 
 @torch.no_grad()
@@ -1707,30 +1692,9 @@ def add_embeddings(model: Any, first: int, end: int) -> Any:
     return model
 
 
-def load_reference(name: str, cfg: Config) -> Policy:
-    """A policy that stays as it is, for its log_probs: sharded where the trained one is."""
-    if not is_sharded(cfg):
-        return Policy(load_model(name, compute_dtype(cfg)), cfg)
-    model = load_for_training(functools.partial(load_model, name), cfg).requires_grad_(False)
-    return wrap_for_ranks(Policy(model, cfg), cfg, "log_probs")
-
-
-def choose_micro_batch(model: Any, cfg: Config) -> None:
-    """Sets --micro_batch_tokens where it was not given: half of a GPU's free memory, after weights,
-    gradients and moments, over the bytes of activations a token, as a power of two."""
-    if cfg.micro_batch_tokens is None and device().type == "cuda":
-        shape, ranks = model.config.get_text_config(), world_size() if is_sharded(cfg) else 1
-        weights = sum(p.numel() for p in model.parameters()) / ranks
-        free = torch.cuda.mem_get_info()[0] - 12 * weights
-        layer = 2 * shape.hidden_size * (2 if cfg.gradient_checkpointing else 40)  # bytes a token
-        tokens = max(1, free / 2 / (layer * shape.num_hidden_layers))
-        cfg.micro_batch_tokens = min(gather(2 ** int(min(max(math.log2(tokens), 11), 16))))
-    cfg.micro_batch_tokens = cfg.forward_tokens
-
-
 def is_sharded(cfg: Config) -> bool:
     """Whether training spreads its models over ranks."""
-    return cfg.sharding == "fsdp" and world_size() > 1
+    return cfg.sharding == "fsdp" and dist.is_initialized()
 
 
 def blocks_of(module: torch.nn.Module) -> list:
@@ -1740,66 +1704,65 @@ def blocks_of(module: torch.nn.Module) -> list:
 
 
 def load_for_training(load: Callable, cfg: Config) -> Any:
-    """load(where=), with recomputed activations or compiled blocks where asked for.
+    """load(where=), with recomputed activations or compiled blocks where asked for; chooses
+    --micro_batch_tokens where it is not given.
 
-    To be sharded, rank 0 loads on its CPU, and other ranks get an untouched shape: a node holds the
-    whole weights once.
+    To be sharded, rank 0 alone loads, on its CPU; other ranks get an untouched shape.
     """
-    sharded = is_sharded(cfg)
-    if rank() == 0 or not sharded:
-        model = load(where=torch.device("cpu") if sharded else device())
+    sharded, gpu = is_sharded(cfg), device().type == "cuda"
+    where = torch.device("cpu") if sharded else device()
+    model = None if sharded and rank() else load(where=where)
     if sharded:
-        kind, config = gather((type(model), model.config) if rank() == 0 else None)[0]
-        if rank() > 0:
-            model = meta_model(kind, config).to_empty(device="cpu").eval()
-            model.tie_weights()
+        kind, config = gather((type(model), getattr(model, "config", None)))[0]
+        model = model or meta_model(kind, config).to_empty(device="cpu")
+        model.tie_weights()
+    if cfg.micro_batch_tokens is None and gpu:  # half of what weights, gradients, moments leave
+        shape, ranks = model.config.get_text_config(), world_size() if sharded else 1
+        weights = sum(p.numel() for p in model.parameters()) / ranks
+        free = (torch.cuda.mem_get_info()[0] - 12 * weights) / 2
+        layer = 2 * shape.hidden_size * (2 if cfg.gradient_checkpointing else 40)  # bytes a token
+        tokens = min(max(free / (layer * shape.num_hidden_layers), 2**11), 2**16)
+        cfg.micro_batch_tokens = min(gather(2 ** int(math.log2(tokens))))
+    cfg.micro_batch_tokens = cfg.forward_tokens
     for block in blocks_of(model):
         if cfg.gradient_checkpointing:  # transformers' own needs training mode: some would drop out
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
                                               use_reentrant=False)
-        elif cfg.compile and device().type == "cuda":
+        elif cfg.compile and gpu:
             block.compile(dynamic=True)
     return model
 
 
 def meta_model(kind: type, config: Any) -> Any:
-    """A model of this class and shape whose weights take no memory."""
+    """A model of this class and shape, in eval mode, whose weights take no memory."""
     from transformers import AttentionInterface
     AttentionInterface.register(PACKED, attention)
     attn_implementation = config._attn_implementation
     with torch.device("meta"):
-        model = kind(config)
+        model = kind(config).eval()
     model.set_attn_implementation(attn_implementation)
     return model
 
 
 def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch.nn.Module:
     """The module under DDP or FSDP2 where there are several ranks; `methods` compute with its
-    weights beside forward."""
-    if is_sharded(cfg):
-        return shard(module, compute_dtype(cfg), methods)
-    if world_size() == 1:
-        return module
-    return torch.nn.parallel.DistributedDataParallel(
-        module, device_ids=[device()] if device().type == "cuda" else None,
-        gradient_as_bucket_view=True)
-
-
-def shard(module: torch.nn.Module, dtype: torch.dtype, methods: tuple) -> torch.nn.Module:
-    """The module under FSDP2, each transformer block by itself, with rank 0's weights: kept, and
-    gradients reduced, in float32; gathered in `dtype` for as long as a block computes."""
+    weights beside forward.  FSDP2 keeps weights and reduces gradients in float32, and gathers a
+    block's in the compute dtype for as long as it computes."""
+    if not is_sharded(cfg):
+        return module if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
+            module, device_ids=[device()] if device().type == "cuda" else None,
+            gradient_as_bucket_view=True)
     from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    weights = module.state_dict() if rank() == 0 else {}
+    weights, dtype = module.state_dict() if rank() == 0 else {}, compute_dtype(cfg)
     mesh = dist.init_device_mesh(device().type, (world_size(),))
     for part in [*blocks_of(module), module]:
-        # the root holds embedding and head, which the fused loss reads; its inputs stay as they are
         fsdp.fully_shard(part, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
-            cast_forward_inputs=part is not module))
+            cast_forward_inputs=part is not module))  # the root's hold float32 columns
     set_model_state_dict(module, weights, options=StateDictOptions(full_state_dict=True,
                                                                    broadcast_from_rank0=True))
-    for buffer in module.buffers():
+    for buffer in module.buffers():  # those too that no state dict holds
         dist.broadcast(buffer, 0)
     for method in methods:
         fsdp.register_fsdp_forward_method(module, method)
@@ -1807,16 +1770,11 @@ def shard(module: torch.nn.Module, dtype: torch.dtype, methods: tuple) -> torch.
 
 
 @torch.no_grad()
-def whole_copy(model: Any, dtype: torch.dtype, where: torch.device, keep: bool = True) -> Any:
-    """A copy of a model in `dtype`, a sharded one whole again (None unless `keep`); all ranks must
-    call it together."""
-    weights = {}
-    for name, weight in model.named_parameters():
-        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        if keep:
-            weights[name] = weight.to(where, dtype)
-    if not keep:
-        return None
+def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
+    """A copy in `dtype`, a sharded model's whole; all ranks call it together, those that need none
+    with the meta device."""
+    weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).to(where, dtype)
+               for name, p in model.named_parameters()}
     copy = meta_model(type(model), model.config)
     copy.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
     copy.tie_weights()
@@ -1824,7 +1782,7 @@ def whole_copy(model: Any, dtype: torch.dtype, where: torch.device, keep: bool =
         for name, buffer in old.named_buffers(recurse=False):
             setattr(part, name, buffer.to(where))
     copy.generation_config = model.generation_config
-    return copy.eval()
+    return copy
 
 
 def sampling_copy(model: Any, cfg: Config) -> Any:
@@ -1854,161 +1812,130 @@ def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any
 def save_folder(folder: Path, model: Any, codec: Codec, cfg: Config, card: str) -> None:
     """Writes model, tokenizer and model card as a Hugging Face folder, in the compute dtype."""
     if is_sharded(cfg):
-        model = whole_copy(model, compute_dtype(cfg), torch.device("cpu"), keep=rank() == 0)
+        model = whole_copy(model, compute_dtype(cfg), torch.device("meta" if rank() else "cpu"))
     if rank() == 0:
-        if getattr(model, "generation_config", None):
-            model.generation_config.eos_token_id = codec.stop_ids  # all that end a response
-            if model.generation_config.temperature not in (None, 1.0):
-                model.generation_config.do_sample = True  # transformers refuses it without
+        if generation := getattr(model, "generation_config", None):
+            generation.eos_token_id = codec.stop_ids  # all that end a response
+            if generation.temperature not in (None, 1.0):
+                generation.do_sample = True  # transformers refuses a temperature without
         model.to(compute_dtype(cfg)).save_pretrained(folder)
         codec.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
     barrier()
 
 
-MODEL_CARD = """---
-base_model: {base}
-tags: [offline-rlhf, {algorithm}]
----
-# An aligned policy
-
-Trained from `{base}` on `{data}` by {algorithm}: {flags}. Torch {torch}, transformers {transformers}.
-After *Aligning Language Models with Offline Reinforcement Learning from Human Feedback*, arXiv
-2308.12050.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained("this folder") for kind in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer(prompt).input_ids{tag}
-# of chat messages: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
-```
-{more}"""  # noqa: E501
-
-
 def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config, tag: str = "",
                 more: str = "") -> None:
     """Writes the policy's folder; `more` goes at the end of its model card."""
     import transformers
-    flags = [(f.name, getattr(cfg, f.name)) for f in fields(cfg)
-             if f.metadata["help"].stage == "training"]
+    flags = ", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg)
+                      if f.metadata["help"].stage == "training")
     if tag:
         after, n = codec.before + tag, len(codec.before_ids)  # a word marker would come before it
-        tag = f" + tokenizer({after!r}, add_special_tokens=False).input_ids" + f"[{n}:]" * bool(n)
-    card = MODEL_CARD.format(
-        more=more, tag=tag, algorithm=folder.name.strip(".").removesuffix(".new"),
-        flags=", ".join(f"{name} {value}" for name, value in flags if value is not None),
-        torch=torch.__version__, transformers=transformers.__version__,
-        base=cfg.model or "the toy world's",
-        data=cfg.samples or cfg.responses or cfg.preferences or cfg.prompts or "the toy world's")
-    save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, card)
+        tag = f" + tokenizer({after!r}, add_special_tokens=False).input_ids[{n}:]"
+    base, algorithm = cfg.model or "the toy world's", folder.name.strip(".").removesuffix(".new")
+    data = cfg.samples or cfg.responses or cfg.preferences or cfg.prompts or "the toy world's"
+    save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, f"""---
+base_model: {base}
+tags: [offline-rlhf, {algorithm}]
+---
+Trained from `{base}` on `{data}` by {algorithm}: {flags}. Torch {torch.__version__}, transformers
+{transformers.__version__}. After *Aligning Language Models with Offline Reinforcement Learning from
+Human Feedback*, arXiv 2308.12050.
+
+```python
+ids = tokenizer(prompt).input_ids{tag}
+# of chat: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
+```
+{more}""")
 
 
 # -------------------------------------------------------------------------------- fused head loss
-# Loss and gradient in one pass over the logits, a chunk of rows at a time: one GEMM into a scratch
-# buffer, the script's kernel turns logits into d loss / d logits in place, two GEMMs bring the
-# gradients of hidden states and head.  Of the (N, V) logits no more than a chunk exists.
+# Loss and gradient a chunk of rows at a time, so that of the (N, V) logits no more exists: one GEMM
+# into a buffer, the script's kernel turns logits into d loss / d logits in place, two GEMMs bring
+# the gradients of hidden states and head.
 
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of logits, held at once
 EAGER_BELOW = 4096  # vocabulary: on a CPU, compiling for a smaller one costs more than it brings
-FORWARD_ONLY = 4    # times as many tokens where no activations are kept
-_scratch: dict = {}
 
 
 def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
               *columns: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of the kernel's loss, differentiable in the hidden states and the model's head.
+    """Sum over rows of the kernel's loss, differentiable in hidden (N, D) and the model's head:
+    a scalar, float32 (float64 for float64); N = 0 gives a zero with gradients.
 
-    hidden (N, D), columns (N,) each.  kernel(logits (n, V), *columns (n,)) must leave d loss /
-    d logits in logits and return each row's loss (n,).  A scalar, float32 (float64 for float64);
-    N = 0 gives a zero with gradients.
+    kernel(logits (n, V), *columns (n,)) must leave d loss / d logits in logits and return each
+    row's loss (n,).
     """
-    head, kind = model.get_output_embeddings(), hidden.device.type
-    dtype = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
-             else head.weight.dtype)
-    scale, cap = head_transform(model)
-    apply = torch.compiler.disable(HeadLoss.apply)  # a compiled caller breaks its graph here
-    return apply((hidden * scale).to(dtype), head.weight, getattr(head, "bias", None), kernel, cap,
-                 *columns)
-
-
-def head_transform(model: Any) -> tuple[float, float]:
-    """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), cap = 0 for none: Cohere,
-    Granite and Falcon-H1 scale, Gemma caps."""
+    weight, kind = model.get_output_embeddings().weight, hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     config = model.config.get_text_config()
-    up, down, more = (getattr(config, name, None) or 1.0
-                      for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-    return up * more / down, getattr(config, "final_logit_softcapping", None) or 0.0
+    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
+                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+
+    def capped(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+        logits.div_(cap).tanh_().mul_(cap)
+        slope = 1 - (logits / cap).square()  # d capped / d logits
+        loss = kernel(logits, *columns)
+        logits.mul_(slope)
+        return loss
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # else its gradient is found all the same
+    apply = torch.compiler.disable(HeadLoss.apply)  # a compiled caller breaks its graph here
+    return apply((hidden * (up * more / down)).to(dtype), weight, capped if cap else kernel,
+                 *columns)
 
 
 class HeadLoss(torch.autograd.Function):
     """head_loss: forward finds the gradients, backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
-                kernel: Callable, cap: float, *columns: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, kernel: Callable,
+                *columns: torch.Tensor) -> torch.Tensor:
         wide, head = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
         outer = {"out_dtype": wide} if hidden.dtype != wide and hidden.is_cuda else {}
-        want_weight, grad_weight = ctx.needs_input_grad[1], None
-        grad_hidden = torch.empty_like(hidden)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for part, logits in logit_chunks(hidden, head, bias, cap):
-            slope = 1 - (logits / cap).square() if cap else None    # d capped / d logits
+        for part, logits in logit_chunks(hidden, head):
             loss += kernel(logits, *(c[part] for c in columns)).sum()
-            logits = logits.mul_(slope) if cap else logits          # now d loss / d logits
-            torch.mm(logits, head, out=grad_hidden[part])
-            if want_weight and grad_weight is not None and logits.dtype == wide:
+            if want_hidden:  # the kernel has left d loss / d logits
+                torch.mm(logits, head, out=grad_hidden[part])
+            if want_weight and logits.dtype == wide:
                 grad_weight.addmm_(logits.t(), hidden[part])
             elif want_weight:  # chunks are summed in float32
-                product = torch.mm(logits.t(), hidden[part], **outer).to(wide)
-                grad_weight = product if grad_weight is None else grad_weight.add_(product)
-            if bias is not None:
-                grad_bias += logits.sum(0, dtype=wide)
-        if want_weight and grad_weight is None:  # no rows
-            grad_weight = torch.zeros_like(weight)
-        ctx.grads = [g if g is None else g.to(like.dtype) for g, like in
-                     ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))]
+                grad_weight += torch.mm(logits.t(), hidden[part], **outer)
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if want_weight else None)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
-        if ctx.grads is None:
-            raise RuntimeError("backward through a fused head loss twice: its gradients are spent")
-        grads, ctx.grads = ctx.grads, None
-        grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in grads]
+        # in place: a second backward is then an error, and none holds two such gradients
+        grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.saved_tensors]
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor],
-                 cap: float) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(rows, their logits (n, V)): of hidden (N, D) as many at a time as CHUNK_BYTES hold.
-
-    The buffer is kept between steps: fresh pages cost more than what fills them.  Its rows start at
-    multiples of 64, without which the GEMM is slower.
-    """
-    stride, key = -(-len(weight) // 64) * 64, (hidden.dtype, hidden.device)
+def logit_chunks(hidden: torch.Tensor,
+                 weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """(rows, their logits (n, V)): of hidden (N, D) as many at a time as CHUNK_BYTES hold."""
+    stride = math.ceil(len(weight) / 64) * 64  # a GEMM is slower into rows that start elsewhere
     most = max(1, CHUNK_BYTES[hidden.device.type] // (stride * hidden.element_size()))
-    rows = -(-len(hidden) // max(1, -(-len(hidden) // most)))  # chunks of about one size
-    if key not in _scratch or len(_scratch[key]) < rows * stride:
-        with torch.inference_mode(False):  # else a sampler's buffer could not serve training
-            _scratch[key] = torch.empty(rows * stride, dtype=hidden.dtype, device=hidden.device)
-    for start in range(0, len(hidden), max(1, rows)):
+    chunks = max(1, math.ceil(len(hidden) / most))
+    rows = max(1, math.ceil(len(hidden) / chunks))  # chunks of about one size
+    buffer = hidden.new_empty(rows, stride)
+    for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        logits = _scratch[key][:len(hidden[part]) * stride].view(-1, stride)[:, :len(weight)]
-        torch.mm(hidden[part], weight.t(), out=logits)
-        if bias is not None:
-            logits += bias.to(logits.dtype)
-        if cap:
-            logits.div_(cap).tanh_().mul_(cap)
-        yield part, logits
+        logits = buffer[:len(hidden[part]), :len(weight)]
+        yield part, torch.mm(hidden[part], weight.t(), out=logits)
 
 
 def compiled(kernel: Callable) -> Callable:
-    """torch.compile(kernel), at its first call: the compiler's import takes seconds.  The number of
-    rows is dynamic, the vocabulary is not: were both, a GPU would take twice as long.
+    """torch.compile(kernel), at its first call: the number of rows is dynamic, the vocabulary not,
+    which would take a GPU twice as long.
 
     Uncompiled for a small vocabulary on a CPU, and, with a warning, where no C++ compiler is found.
     """
@@ -2029,41 +1956,6 @@ def compiled(kernel: Callable) -> Callable:
             torch.compiler.set_stance("force_eager")
             return kernel(logits, *args, **more)
     return call
-
-
-def log_probs(model: Any, micro: MicroBatch, temperature: float) -> torch.Tensor:
-    """Each response token's log-prob (N,), float32; needs no gradient."""
-    hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]               # (N, D)
-    head, (scale, cap) = model.get_output_embeddings(), head_transform(model)
-    chunks = logit_chunks(hidden * scale, head.weight.to(hidden.dtype), getattr(head, "bias", None),
-                          cap)
-    found = [-torch.nn.functional.cross_entropy(logits.float() / temperature, micro.targets[part],
-                                                reduction="none") for part, logits in chunks]
-    return torch.cat(found) if found else torch.zeros(0)
-
-
-@torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
-def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: Any,
-                        examples: list[Example], cfg: Config, cost: Cost) -> list[list[float]]:
-    """What compute(micro-batch) -> (N,) finds of each response token, by `model`, in the examples'
-    order on every rank; ranks share the work."""
-    found: dict[int, list[float]] = {}
-    budget = FORWARD_ONLY * cfg.forward_tokens
-    for share in shard_micro_batches([len(e.ids) for e in examples], budget):
-        micro = collate([examples[i] for i in share or [0]], learnt=bool(share))
-        cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
-                         len(micro.rows))
-        values = iter(compute(micro).tolist())
-        for i in share:
-            found[i] = list(itertools.islice(values, int(examples[i].mask.sum())))
-    return gather_by_index(found, len(examples))
-
-
-def response_log_probs(model: Any, examples: list[Example], cfg: Config,
-                       cost: Cost) -> list[list[float]]:
-    """Each response token's log-prob at cfg.temperature."""
-    compute = functools.partial(log_probs, model, temperature=cfg.temperature or 1.0)
-    return each_response_token(compute, model, examples, cfg, cost)
 
 
 # ---------------------------------------------------------------------------------------- sampler
@@ -2113,7 +2005,7 @@ class Slots(Cache):
         self.source = starts.repeat_interleave(sizes) + self.positions
         self.position[slots], self.seen = sizes - 1, None
         ids = torch.tensor(list(itertools.chain(*prompts)), device=device())
-        return read_packed(model, ids, lengths, past_key_values=self, use_cache=True)
+        return hidden_states(model, ids, lengths, past_key_values=self)
 
     def decode(self, model: Any, tokens: torch.Tensor, live: Any = 1, seen: int = 0) -> Any:
         """The model's output on one new token a slot, (R,); where not `live`, it replaces the last.
@@ -2643,7 +2535,8 @@ def answer(cfg: Config, sampler: Callable, policy: Stage, prompts: list, variant
                        cost, plain, variant.guidance, what="evaluating")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(plain, responses)]
-    reference = response_log_probs(sampler(base.folder), examples, cfg, cost)
+    model = sampler(base.folder)
+    reference = each_response_token(Policy(model, cfg).log_probs, model, examples, cfg, cost)
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
     reward = gold = [None] * len(texts)
     if score and not samples.std > 0:
@@ -2757,11 +2650,10 @@ class TrainingRun:
         """The optimiser steps that are left, numbered."""
         model = getattr(self.policy, "module", self.policy).model
         for step, epoch, indices in step_indices(len(examples), self.cfg, self.total, self.first):
-            each = [examples.example(int(i), epoch) for i in indices]
-            batch = make_batch([len(e.ids) for e in each], [e.mask.sum() for e in each],
-                               [e.weight for e in each], self.cfg, each.__getitem__)
-            self.cost.add_forward(model, sum(batch.lengths), sum(n * n for n in batch.lengths),
-                                  sum(len(micro.rows) for micro in batch.micros), passes=3)
+            batch = Batch([examples.example(i, epoch) for i in indices], self.cfg)
+            for micro in batch.micros:
+                pairs = sum(n * n for n in micro.lengths)
+                self.cost.add_forward(model, len(micro.input_ids), pairs, len(micro.rows), passes=3)
             yield step, batch
 
     def log(self, step: int, **values: Any) -> None:
@@ -3006,8 +2898,7 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None))
     own = replace(cfg, lr=5e-3, steps=600, batch_size=32, sharding="ddp")
-    choose_micro_batch(model.to(device()), own)
-    policy = wrap_for_ranks(Policy(model, own), own)
+    policy = wrap_for_ranks(Policy(model.to(device()), own), own)
     optimizer, schedule = make_optimizer(policy, own, own.steps)
     examples = Examples(Tokens(folder / "tokens", lambda: iter(codec.pairs(*zip(*pairs)))))
 

@@ -86,7 +86,7 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nll
 
 
-TOKENS = [f"<|reward_{i}|>" for i in range(8)]
+TOKENS = tuple(f"<|reward_{i}|>" for i in range(8))
 
 
 def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
@@ -171,8 +171,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
           rm: Optional[Stage] = None) -> dict:
     """Trains the policy, from the base policy's weights, into the folder."""
     codec = common.Codec(base.folder, cfg)
-    new_tokens = TOKENS if cfg.reward_format == "token" else []
-    policy = common.load_policy(base.folder, cfg, codec, new_tokens)
+    new_tokens = TOKENS if cfg.reward_format == "token" else ()
+    policy = common.load_policy(base.folder, cfg, codec=codec, new_tokens=new_tokens)
     watch = slope_watcher(cfg, base, codec, samples, rm)
     examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)

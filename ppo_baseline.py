@@ -251,10 +251,7 @@ def minibatches(examples: list[Example], cfg: Config) -> Iterator[common.Batch]:
     """An iteration's optimiser steps: --ppo_epochs passes over its examples."""
     steps = common.count_steps(len(examples), cfg)
     for _, _, indices in common.step_indices(len(examples), cfg, steps):
-        step = [examples[i] for i in indices]
-        tokens = [int(e.mask.sum()) for e in step]
-        yield common.make_batch([len(e.ids) for e in step], tokens, [1.0] * len(step), cfg,
-                                step.__getitem__)
+        yield common.Batch([examples[i] for i in indices], cfg)
 
 
 def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any,
@@ -293,8 +290,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     """Trains the policy, from the base policy's weights, into the folder."""
     codec = common.Codec(base.folder, cfg)
     model = common.load_for_training(functools.partial(common.load_model, base.folder), cfg)
-    common.choose_micro_batch(model, cfg)
-    score, reference = rm.load_scorer(), common.load_reference(base.folder, cfg)
+    score, reference = rm.load_scorer(), common.load_policy(base.folder, cfg, True)
     actor = ActorCritic(model, new_critic(base.folder, rm.folder, cfg), samples, cfg)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
     prompts = common.split_prompts(cfg, held_out=False)
@@ -323,9 +319,9 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
             clock.append(time.perf_counter())
 
             # by the training forward, not the sampler's: the first ratio is 1, in bfloat16 too
-            old_log_probs, base_log_probs = (common.each_response_token(
-                functools.partial(module.log_probs, temperature=cfg.temperature), module.model,
-                rollout.examples, cfg, cost) for module in (actor, reference))
+            old_log_probs, base_log_probs = (
+                common.each_response_token(module.log_probs, module.model, rollout.examples, cfg,
+                                           cost) for module in (actor, reference))
             values = common.each_response_token(actor.values, actor.critic.model,
                                                 rollout.examples, cfg, cost)
             examples, reward_metrics = prepare(rollout, old_log_probs, base_log_probs, values, z,

@@ -61,7 +61,8 @@ class RewardModel(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, lengths: list[int],
                 rows: torch.Tensor) -> torch.Tensor:
         """Ids (T,) of packed sequences; rows (N,) to read at -> float32 scores (N,)."""
-        with common.autocast(self.dtype):
+        with torch.autocast(common.device().type, self.dtype,
+                            enabled=self.dtype != torch.float32):
             hidden = common.hidden_states(self.model, input_ids, lengths)               # (T, D)
         return hidden[rows].float() @ self.model.score.weight.float()[0]                # (N,)
 
@@ -115,7 +116,7 @@ def micro_batches(tokens: common.Tokens, spans: list[range], padding: Optional[i
     """This rank's micro-batches of a step over rankings; a prompt's responses stay together."""
     share = common.world_size() / len(spans)  # DDP averages gradients over ranks
     lengths = [len(span) * int(tokens.lengths[span].max()) for span in spans]
-    local = common.shard_micro_batches(lengths, cfg.forward_tokens)
+    local = common.group_by_token_budget(lengths, cfg.forward_tokens, over_ranks=True)
 
     def read(which: list[int]) -> list[list[np.ndarray]]:
         return [[tokens[r][0] for r in spans[i]] for i in which]
@@ -130,7 +131,6 @@ def train(cfg: Config, base: Stage, folder: Path, cost: Cost) -> Callable:
     rankings, held_out = common.load_preferences(cfg)
     codec = padding_codec(base.folder, cfg)
     model = common.load_for_training(functools.partial(new_classifier, base.folder, codec), cfg)
-    common.choose_micro_batch(model, cfg)
     rm = common.wrap_for_ranks(RewardModel(model, common.compute_dtype(cfg)), cfg)
     tokens, padding = prepare(rankings, codec, folder), codec.tokenizer.pad_token_id
     ends = np.cumsum([0] + [len(ranking.responses) for ranking in rankings])
@@ -200,8 +200,8 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
     """The base policy's body under a new head, with room for the tokenizer's padding token."""
     kind = "AutoModelForSequenceClassification"
     require_classifier(base)
-    model = common.load_model(base, where=where, kind=kind, drawn=("score.",), num_labels=1,
-                              spare=("lm_head.", "embed_out.", "output_projection."))
+    heads = ("score.", "lm_head.", "embed_out.", "output_projection.")
+    model = common.load_model(base, where=where, kind=kind, heads=heads, num_labels=1)
     common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
     if len(codec.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(codec.tokenizer), mean_resizing=False)

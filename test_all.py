@@ -80,7 +80,7 @@ def config(module=common, **flags):
     return module.Config(**{**common.toy_defaults(module.Config), **flags})
 
 
-def tiny_model(bias=False, tied=True, dtype=torch.float64, **more):
+def tiny_model(tied=True, dtype=torch.float64, **more):
     """A Llama of two layers on this machine's device, in eval mode, that reads packed sequences."""
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
@@ -88,8 +88,6 @@ def tiny_model(bias=False, tied=True, dtype=torch.float64, **more):
         vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, tie_word_embeddings=tied, initializer_range=0.3, eos_token_id=0,
         **more)).to(DEVICE, dtype)
-    if bias:
-        model.lm_head.bias = torch.nn.Parameter(torch.randn(V, dtype=dtype, device=DEVICE))
     return common.enable_packing(model.eval())
 
 
@@ -97,6 +95,12 @@ def logits_of(model, micro):
     """The logits (T, V) of a micro-batch's sequences, each read by itself."""
     return torch.cat([model(input_ids=ids[None]).logits[0]
                       for ids in micro.input_ids.split(micro.lengths)])
+
+
+def log_probs_of(model, rows, cfg, cost=None):
+    """Each response token's log-prob, by a model of a policy's."""
+    return common.each_response_token(common.Policy(model, cfg).log_probs, model, rows, cfg,
+                                      cost or Cost())
 
 
 def example(ids, prompt_length, weight=1.0, columns=()):
@@ -231,19 +235,20 @@ def test_reward_model_loss_starts_at_ln_2():
     torch.testing.assert_close(loss, torch.tensor(math.log(2), device=DEVICE))
 
 
-@pytest.mark.parametrize("bias, chunk, cap", [(False, 1, 0.0), (False, 3, 2.0), (False, 1000, 0.0),
-                                              (True, 1, 2.0), (True, 3, 0.0), (True, 1000, 2.0)])
-def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, bias, chunk, cap):
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("cap, scale", [(None, 1.0), (2.0, 0.5)])
+def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, chunk, cap, scale):
     chunk_of(monkeypatch, chunk, torch.float64)
     torch.manual_seed(0)
-    shapes = [(5, 4), (67, 4), *[(67,)] * bias]
-    hidden, weight, *bias = (torch.randn(*shape, dtype=torch.float64, device=DEVICE,
-                                         requires_grad=True) for shape in shapes)
+    hidden, weight = (torch.randn(n, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+                      for n in (5, 67))
     targets = torch.randint(0, 67, (5,), device=DEVICE)
+    shape = types.SimpleNamespace(final_logit_softcapping=cap, logit_scale=scale)
 
-    def loss(hidden, weight, *bias):
-        return 0.7 * common.HeadLoss.apply(hidden, weight, bias[0] if bias else None,
-                                           mle_filter.masked_nll_, cap, targets)
+    def loss(hidden, weight):
+        model = mock.Mock(**{"get_output_embeddings.return_value": types.SimpleNamespace(
+            weight=weight), "config.get_text_config.return_value": shape})
+        return 0.7 * common.head_loss(mle_filter.masked_nll_, hidden, model, targets)
 
     class Afresh(torch.autograd.Function):  # gradcheck calls backward twice, which is refused
         @staticmethod
@@ -257,7 +262,7 @@ def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, bias, chunk,
             with torch.enable_grad():
                 return torch.autograd.grad(loss(*inputs), inputs, upstream)
     assert len(chunks_of(hidden, weight)) == {1: 5, 3: 2, 1000: 1}[chunk]
-    assert torch.autograd.gradcheck(Afresh.apply, (hidden, weight, *bias))
+    assert torch.autograd.gradcheck(Afresh.apply, (hidden, weight))
 
 
 def chunk_of(monkeypatch, rows, dtype):
@@ -269,7 +274,7 @@ def chunk_of(monkeypatch, rows, dtype):
 def chunks_of(hidden, weight):
     """How many rows each chunk of logits has."""
     with torch.no_grad():
-        return [len(logits) for _, logits in common.logit_chunks(hidden, weight, None, 0.0)]
+        return [len(logits) for _, logits in common.logit_chunks(hidden, weight)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -312,8 +317,9 @@ def test_soft_capped_logits_are_served(monkeypatch, chunk):
     micro = common.collate(examples())
     with torch.no_grad():
         log_p = logits_of(model, micro)[micro.rows].div(0.7).log_softmax(-1)
-        torch.testing.assert_close(common.log_probs(model, micro, 0.7).double(), log_p.gather(
-            1, micro.targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            common.Policy(model, config(temperature=0.7)).log_probs(micro).double(),
+            log_p.gather(1, micro.targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
     other = tiny_model(tied=False)
     other.config.final_logit_softcapping = 1.5  # this class caps nothing: the claim is refuted
     with pytest.raises(BadInput, match="logits are not hidden states times head"):
@@ -338,10 +344,18 @@ def test_logits_scaled_by_the_model_are_served():
         common.check_linear_head("model", model)  # this class scales nothing: the claim is refuted
 
 
+def test_a_head_with_a_bias_is_refused():
+    model = tiny_model(tied=False)
+    common.check_linear_head("model", model)
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(V, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(BadInput, match="without a bias there"):
+        common.check_linear_head("model", model)
+
+
 def test_second_backward_through_the_fused_loss_is_an_error():
     loss = nll_of(tiny_model(), common.collate(examples()))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="twice"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
@@ -374,7 +388,7 @@ def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch, weights):
         chunk_of(monkeypatch, rows, torch.bfloat16)
         assert len(chunks_of(hidden, weight.bfloat16())) == 300 / rows
         weight.grad = None
-        common.HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, 0.0, targets).backward()
+        common.HeadLoss.apply(hidden, weight, mle_filter.masked_nll_, targets).backward()
         grads.append(weight.grad.float())
     assert weight.grad.dtype == weights
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
@@ -395,7 +409,7 @@ def test_head_loss_serves_every_dtype_and_frozen_weights_at_one_row(dtype, froze
     hidden = torch.randn(1, D, device=DEVICE).to(dtype).requires_grad_(frozen != "body")
     weight = torch.randn(V, D, device=DEVICE).to(dtype).requires_grad_(frozen != "head")
     target = torch.tensor([5], device=DEVICE)
-    common.HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, 0.0, target).backward()
+    common.HeadLoss.apply(hidden, weight, mle_filter.masked_nll_, target).backward()
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), target).backward()
     for ours, theirs in zip((hidden, weight), wide):
@@ -409,7 +423,7 @@ def test_without_a_cpp_compiler_the_kernels_run_uncompiled_with_one_warning(tmp_
 common.EAGER_BELOW = 0
 hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
 for _ in range(2):
-    common.HeadLoss.apply(hidden, weight, None, mle_filter.masked_nll_, 0.0,
+    common.HeadLoss.apply(hidden, weight, mle_filter.masked_nll_,
                           torch.arange(3)).backward()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
@@ -478,28 +492,22 @@ def test_tokens_are_memory_maps_of_five_bytes_a_token(tmp_path):
     for i, row in enumerate(rows):
         assert tokens[i][0].tolist() == row.ids.tolist()
         assert tokens[i][1].tolist() == row.mask.tolist()
-        assert tokens.prompt_lengths[i] == (~row.mask).sum()
-        assert tokens.response_tokens[i] == row.mask.sum()
     assert not tokens[0][0].flags.owndata and not tokens.ids.flags.writeable, "a view, no copy"
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 9])
-def test_a_rank_reads_its_own_share_of_a_step_alone(ranks, monkeypatch):
-    rows, read = examples(), []
-    normal = sum(e.weight * e.mask.sum() for e in rows)
+def test_ranks_share_out_a_step_and_join_as_many_forwards(ranks, monkeypatch):
+    rows, learnt, forwards = examples(weighted=True), [], set()
     for rank in range(ranks):
         set_ranks(monkeypatch, rank, ranks)
-        own = []
-        batch = common.make_batch([len(e.ids) for e in rows], [e.mask.sum() for e in rows],
-                                  [e.weight for e in rows], config(micro_batch_tokens=20),
-                                  lambda i, own=own: own.append(i) or rows[i])
-        assert batch.tokens == normal and batch.normaliser == normal / ranks
-        read.append(own[:len(batch.lengths)])
-        assert set(own[len(batch.lengths):]) <= {0}, "without work it takes part with one, unlearnt"
-        learnt = sum(len(micro.rows) for micro in batch.micros)
-        assert learnt == sum(rows[i].mask.sum() for i in read[-1])
-    assert sorted(sum(read, [])) == list(range(7))
-    assert max(map(len, read)) <= math.ceil(7 / ranks)
+        batch = common.Batch(rows, config(micro_batch_tokens=20))
+        forwards.add(len(batch.micros))
+        assert batch.tokens == sum(e.mask.sum() for e in rows)
+        assert batch.normaliser == pytest.approx(
+            sum(e.weight * e.mask.sum() for e in rows) / ranks)
+        learnt += [micro.targets.tolist() for micro in batch.micros]
+    assert len(forwards) == 1
+    assert sorted(sum(learnt, [])) == sorted(t for e in rows for t in e.ids[e.mask].tolist())
 
 
 def gpt2(**more):
@@ -568,8 +576,11 @@ def test_narrow_models_are_padded_in_training(monkeypatch):
     model = tiny_model()
     assert model.config._attn_implementation == common.PACKED
     monkeypatch.setattr(common, "PADDED_BELOW", 256)
-    monkeypatch.setattr(common, "read_packed", None)
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: shapes.append(args[0].shape))
     padded_like_alone(model)
+    assert len(shapes[0]) == 2 and shapes[0][0] == 5, "five rows"
 
 
 def padded_like_alone(model):
@@ -627,11 +638,18 @@ def test_order_of_the_data_comes_from_the_seed_alone():
     assert orders != [indices for _, _, indices in steps_of(seed=1)]
 
 
-def test_micro_batches_keep_to_the_token_budget():
+def test_micro_batches_keep_to_the_token_budget(monkeypatch):
     lengths = [5, 90, 3, 40, 40, 7]
-    groups = common.group_by_token_budget(lengths, 80)
-    assert sorted(sum(groups, [])) == list(range(6))
-    assert all(len(g) * max(lengths[i] for i in g) <= 80 or len(g) == 1 for g in groups)
+    for ranks in (1, 2, 7):
+        found = []
+        for rank in range(ranks):
+            set_ranks(monkeypatch, rank, ranks)
+            found.append(common.group_by_token_budget(lengths, 80, over_ranks=True))
+            assert all(len(g) * max(lengths[i] for i in g) <= 80 or len(g) == 1
+                       for g in found[-1] if g)
+        assert len(set(map(len, found))) == 1
+        assert sorted(i for groups in found for g in groups for i in g) == list(range(6))
+    assert common.group_by_token_budget([5, 5], 10) == [[0, 1]], "a rank's own"
 
 
 # -------------------------------------------------------------------------------------- tokenizer
@@ -803,7 +821,7 @@ def test_sampler_log_probs_equal_an_unpadded_forward(temperature, slots):
     model, cfg = SHARED_KEY(), config(temperature=temperature, micro_batch_tokens=10)
     responses = sampled(model, temperature=temperature, slots=slots)
     rows = [example(p + r.ids, len(p)) for p, r in zip(PROMPTS, responses)]
-    again = common.response_log_probs(model, rows, cfg, Cost())
+    again = log_probs_of(model, rows, cfg)
     for row, response, found in zip(rows, responses, again):
         ids = torch.tensor(row.ids, dtype=torch.int64, device=DEVICE)
         log_p = (model(input_ids=ids[None]).logits[0] / temperature).log_softmax(-1)
@@ -860,12 +878,12 @@ def test_texts_are_the_same_whatever_the_slots_and_those_of_generate(case, build
 def test_a_prompt_that_comes_several_times_is_read_once_and_sampled_each_time(build, monkeypatch):
     model, read = common.enable_packing(build()), []
     several = [p for p in PROMPTS for _ in range(3)]
-    own = common.read_packed
+    own = common.hidden_states
 
-    def watched(model, ids, lengths, **more):
+    def watched(model, ids, lengths, **cache):
         read.extend(lengths)
-        return own(model, ids, lengths, **more)
-    monkeypatch.setattr(common, "read_packed", watched)
+        return own(model, ids, lengths, **cache)
+    monkeypatch.setattr(common, "hidden_states", watched)
     costs = Cost(), Cost()
     sampled(model, max_response_tokens=1, cost=costs[0])
     sampled(model, several, max_response_tokens=1, cost=costs[1])
@@ -1115,7 +1133,7 @@ def test_dt_with_new_tokens_starts_them_at_the_mean_and_never_samples_them(codec
     base = common.Stage(str(run[0] / "base"), "base", Cost())
     before = common.load_model(base.folder)
     size = len(codec.tokenizer)
-    grown = common.load_policy(base.folder, cfg, Codec(base.folder, cfg), dt.TOKENS).model
+    grown = common.load_policy(base.folder, cfg, False, Codec(base.folder, cfg), dt.TOKENS).model
     mean = before.get_input_embeddings().weight[:size].mean(0)
     assert torch.equal(grown.get_input_embeddings().weight[size:size + 8], mean.expand(8, -1))
     record = dt.train(cfg, base, samples_of(codec, range(16)), tmp_path, Cost())
@@ -1795,8 +1813,7 @@ def rollout_of(lengths=(5, 1, 8, 3), seed=0):
 
 def step_of(rows, cfg):
     """All these examples as one optimiser step: this rank's share."""
-    return common.make_batch([len(e.ids) for e in rows], [int(e.mask.sum()) for e in rows],
-                             [e.weight for e in rows], cfg, rows.__getitem__)
+    return common.Batch(rows, cfg)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
@@ -1923,10 +1940,8 @@ def test_ppo_first_ratio_is_one_and_kl_of_the_untouched_policy_zero(temperature)
     codec = mock.Mock(decode=lambda response: " ".join(map(str, response.ids)), stop_ids=[0])
     prompts = [e.ids.tolist() for e in examples(9)]
     rollout = ppo_baseline.roll_out(actor, codec, ["a prompt"] * 9, prompts, cfg, 1, Cost())
-    old = common.each_response_token(
-        functools.partial(actor.log_probs, temperature=temperature), actor.model,
-        rollout.examples, cfg, Cost())
-    reference = common.response_log_probs(base, rollout.examples, cfg, Cost())
+    old = common.each_response_token(actor.log_probs, actor.model, rollout.examples, cfg, Cost())
+    reference = log_probs_of(base, rollout.examples, cfg)
     values = common.each_response_token(actor.values, actor.critic.model, rollout.examples, cfg,
                                         Cost())
     rows, found = ppo_baseline.prepare(rollout, old, reference, values, np.ones(9), 0.1, cfg)
@@ -2073,7 +2088,7 @@ def test_costs_count_what_torchs_flop_counter_counts(heads, key_value_heads, wid
             policy(micro, lambda logits, targets: logits[:, 0].clone()).backward()
             cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
                              len(micro.rows), passes=3)
-    for work in (train, lambda cost: common.response_log_probs(model, rows, cfg, cost),
+    for work in (train, lambda cost: log_probs_of(model, rows, cfg, cost),
                  lambda cost: common.sample(model, [e.ids.tolist() for e in rows], cfg, 0, [127],
                                             cost)):
         model.requires_grad_(True)
@@ -2920,7 +2935,7 @@ def test_greedy_samples_and_log_probs_are_those_of_each_prompt_alone(name):
     warm = config(max_response_tokens=12, temperature=0.8, slots=3)
     drawn = common.sample(model, prompts, warm, 7, stop, Cost())
     rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, drawn)]
-    again = common.response_log_probs(model, rows, warm, Cost())
+    again = log_probs_of(model, rows, warm)
     for row, response, log_probs in zip(rows, drawn, again):
         ids, n = torch.tensor(row.ids, dtype=torch.int64, device=DEVICE), len(response.ids)
         with torch.no_grad():
@@ -3344,7 +3359,7 @@ def test_weights_that_are_missing_unknown_misshapen_or_nan_are_named(tmp_path, n
 def test_a_reward_model_whose_head_has_another_name_is_refused(tmp_path):
     folder = zoo_folder(tmp_path, zoo_tokenizer(), "LlamaForSequenceClassification", num_labels=1)
     zoo_change(folder, lambda w: w.update({"value_head.weight": w.pop("score.weight")}))
-    with pytest.raises(BadInput, match="lacks weights: score.weight"):
+    with pytest.raises(BadInput, match=r"do not fit: score.weight \(missing\)"):
         reward_model.load_scorer(config(), folder)
 
 

