@@ -163,8 +163,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
     tokenizer.chat_template = add_reward_to_chat_template(tokenizer.chat_template, target, cfg)
     common.save_policy(folder, policy, codec, cfg, reward_tag(target, cfg), ABOUT)
     return {"condition": {"template": "{prompt} <rm_score>: {reward} ", "step": cfg.reward_step,
-                          "format": cfg.reward_format, "mean": samples.mean, "std": samples.std,
-                          "default_target": target}}
+                          "format": cfg.reward_format, "mean": samples.rewards.mean(),
+                          "std": samples.rewards.std(), "default_target": target}}
 
 
 ABOUT = """

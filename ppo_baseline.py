@@ -125,7 +125,8 @@ class ActorCritic(common.Policy):
 
     def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
         super().__init__(model, cfg)
-        self.critic, self.mean, self.std = critic, samples.mean, samples.std
+        self.critic, rewards = critic, samples.rewards
+        self.mean, self.std = float(rewards.mean()), float(rewards.std())
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
@@ -360,8 +361,8 @@ def main(cfg: Config) -> None:
                                 "samples", scorer=rm.fingerprint)
     variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target
                                                         else ""))]
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg),
-                    needs=("reward_model",))
+    samples.costs = {"reward_model": rm.cost}  # PPO needs no more of what the samples took
+    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
 
 
 if __name__ == "__main__":

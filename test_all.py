@@ -1268,8 +1268,8 @@ def test_ranked_responses_are_preferences_best_first(tmp_path):
     assert {r.prompt: list(r.responses) for r in train + held_out} == {
         row["prompt"]: row["ranked"] for row in rows}
     hidden = {common.prompt_hash(r.prompt) for r in held_out}
-    labelled = common.rows_to_label(config(**flags, sources="dataset"), hidden)
-    assert len(labelled) == sum(len(r.responses) for r in train)
+    labelled, asked = common.rows_to_label(config(**flags, sources="dataset"), hidden)
+    assert not asked and len(labelled) == sum(len(r.responses) for r in train)
     assert all((row.source == "chosen") == (row.response == "best") for row in labelled)
 
 
@@ -1299,8 +1299,7 @@ def test_rows_in_are_rows_out(run):
     assert sum(r.source == "rejected" for r in rows) == len(train) == 4000
     prompts = {r.prompt for r in train}
     assert sum(r.source == "generated" for r in rows) == len(prompts)  # one a prompt
-    record = json.loads((run[0] / "samples.json").read_text())
-    assert record["bytes"] == (run[0] / "samples.jsonl").stat().st_size
+    assert not list(run[0].glob(".samples*"))
 
 
 def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
@@ -1324,8 +1323,8 @@ def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
         return (tmp_path / name / "samples.jsonl").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         label("killed")
-    with open(tmp_path / "killed" / ".samples.part.jsonl", "a") as file:
-        file.write('{"prompt": "half a li')
+    parts, = (tmp_path / "killed").glob(".samples.*")
+    (parts / ".000000000012.new").write_text('{"rows": [{"prompt": "half a li')
     assert not (tmp_path / "killed" / "samples.jsonl").exists()
     done, die_at[0] = len(calls) - 1, None
     calls.clear()
