@@ -97,7 +97,7 @@ def accuracy(name: str, folder: Path) -> str:
             f"{max(longer, 1 - longer):.3f}"
             + "".join(f"; with margins of 2 to 4 {row['accuracy']:.2f}, promised "
                       f"{row['promised']:.2f}" for row in found["by_margin"]
-                      if row["margin"][0] == 2))
+                      if row["margin"] == 2))
 
 
 def evasive(responses: Iterable[str]) -> str:
