@@ -2423,41 +2423,41 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
     record, work = path.with_suffix(".json"), path.with_name(f".samples.{fingerprint(wanted)}")
     if not is_fresh("samples", record, wanted) or not path.exists():
         given, prompts = rows_to_label(cfg, held_out)
-        model, score, total = None, rm.load_scorer(), len(given) + len(prompts)
+        model, score, count = None, rm.load_scorer(), len(given) + len(prompts)
         before = gather(read_record(max(work.glob("[0-9]*"), default=work / "none")))[0]
-        costs = {name: Cost(**cost) for name, cost in before.get("costs", {}).items()}
+        costs = before.get("costs", {"generation": {}, "labelling": {}})
         if before:
-            print0(f"  {before['end']:,} of {total:,} are there from a run that was broken off")
-        for start in progress(range(before.get("end", 0), total, LABELLED_TOGETHER), "samples"):
-            end = min(start + LABELLED_TOGETHER, total)
+            print0(f"  {before['end']:,} of {count:,} are there from a run that was broken off")
+        for start in progress(range(before.get("end", 0), count, LABELLED_TOGETHER), "samples"):
+            end = min(start + LABELLED_TOGETHER, count)
             part, first = given[start:end], max(0, start - len(given))
             asked = prompts[first:max(0, end - len(given))]  # those given come first
             with track_cost() as generation:
                 if asked:
                     model = model or load_model(base.folder, compute_dtype(cfg))
                     replies = sample(model, codec.prompts(asked), cfg, cfg.seed, codec.stop_ids,
-                                     generation, seeds=range(first, total), what="generating")
+                                     generation, seeds=range(first, count), what="generating")
                     part += [Sample(prompt, codec.decode(r), math.nan, "generated", r.truncated)
                              for prompt, r in zip(asked, replies)]
             with track_cost() as labelling:
                 rewards = score([s.prompt for s in part], [s.response for s in part],
                                 [s.truncated for s in part], labelling)
-            for name, cost in (("generation", generation), ("labelling", labelling)):
-                costs[name] = costs.get(name, Cost()) + cost
+            costs = {name: asdict(Cost(**costs[name]) + spent) for name, spent in
+                     (("generation", generation), ("labelling", labelling))}
             rows = [{"prompt": s.prompt, "response": s.response, "source": s.source,
                      "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
-            write_record(work / f"{end:012}", wanted, sum(costs.values(), Cost()), end=end,
-                         rows=rows, costs={name: asdict(cost) for name, cost in costs.items()})
+            write_record(work / f"{end:012}", wanted, generation + labelling, end=end, rows=rows,
+                         costs=costs)
         if rank() == 0:
             record.unlink(missing_ok=True)  # that of the file which is replaced now
             write_beside(path, (json.dumps(row, ensure_ascii=False) for part in
                                 sorted(work.glob("[0-9]*")) for row in read_record(part)["rows"]))
-        write_record(record, wanted, sum(costs.values(), Cost()),
-                     costs={name: asdict(cost) for name, cost in costs.items()})
+        total = Cost(**costs["generation"]) + Cost(**costs["labelling"])
+        write_record(record, wanted, total, costs=costs)
     for old in path.parent.glob(".samples.*") if rank() == 0 else ():
-        shutil.rmtree(old)
-    made = read_record(record)["costs"].items()
-    return {"reward_model": rm.cost, **{name: Cost(**cost) for name, cost in made}}
+        shutil.rmtree(old, ignore_errors=True)
+    costs = {name: Cost(**cost) for name, cost in read_record(record)["costs"].items()}
+    return {"reward_model": rm.cost, **costs}
 
 
 def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
@@ -2562,9 +2562,9 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
             ("base", base, Variant(""), built), *((name, policy, v, needed) for v in variants)]:
         file = replies_file(Path(cfg.out), algorithm, variant.name, cfg.seed)
         key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
-        origin = {"setting": fingerprint(alike), "policy": stage.fingerprint, "tag": variant.tag,
-                  "base": base.fingerprint, "samples": samples.fingerprint,
-                  "scorer": rm.fingerprint if rm else "", "replies": content_hash(str(file))}
+        origin = {"setting": fingerprint(alike), "policy": stage.fingerprint,
+                  "samples": samples.fingerprint, "scorer": rm.fingerprint if rm else "",
+                  "replies": content_hash(str(file))}
         if any({**row, **key, **origin} == row for row in rows):
             replies[file.stem] = [r for _, r in read_jsonl(file)]
             continue
@@ -2771,7 +2771,7 @@ class TrainingRun:
             shutil.rmtree(whole, ignore_errors=True)  # one that was not whole
             work.rename(whole)
             for old in checkpoints_in(self.folder)[2:]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
         barrier()
 
     def restore(self) -> tuple[int, int]:

@@ -189,17 +189,6 @@ def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values:
                       "explained_variance": float(1 - unexplained)}
 
 
-def describe(rollout: Rollout, cfg: Config) -> dict:
-    """The log's metrics of a rollout's texts."""
-    tokens = sum(int(e.mask.sum()) for e in rollout.examples)
-    found = {"eos_rate": 1 - float(np.mean(rollout.truncated)),
-             "response_tokens": tokens / len(rollout.examples), "tokens": tokens}
-    if cfg.toy:  # for the record alone: training never sees it
-        gold = map(common.gold_reward, rollout.prompts, rollout.texts, rollout.truncated)
-        found["gold"] = float(np.mean(list(gold)))
-    return found
-
-
 def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
     """The next iteration's beta, nearer to what holds KL at --kl_target (Ziegler et al., 2.2)."""
     if cfg.kl_target is None:
@@ -210,15 +199,14 @@ def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
 
 def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
     """The reward model's weights; a new head on the base policy where its tokens are others."""
-    codec = reward_model.padding_codec(base, cfg)
-    load = functools.partial(reward_model.new_classifier, base, codec)
     ours, theirs = (common.Codec(folder, cfg).tokenizer.get_vocab() for folder in (base, rm_folder))
     if ours.items() <= theirs.items():
         load = functools.partial(reward_model.load_classifier, rm_folder, torch.float32)
     else:
         print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
-    model = common.load_for_training(load, cfg)
-    return reward_model.RewardModel(model, common.compute_dtype(cfg))
+        codec = reward_model.padding_codec(base, cfg)
+        load = functools.partial(reward_model.new_classifier, base, codec)
+    return reward_model.RewardModel(common.load_for_training(load, cfg), common.compute_dtype(cfg))
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
@@ -305,14 +293,12 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
     beta = {"now": cfg.kl_coef}
     print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} "
-           f"responses, each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}, over "
-           f"{common.world_size()} rank(s); {str(actor.dtype).removeprefix('torch.')} on "
-           f"{common.device()}")
+           f"responses, each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
 
     with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost,
                             beta) as run:
-        learnt_before = run.first * cfg.rollout_batch_size  # by the run that this one resumes
-        order = itertools.islice(endless(len(prompts), cfg.seed), learnt_before, None)
+        before = run.first * cfg.rollout_batch_size  # by the run that this one resumes
+        order = itertools.islice(endless(len(prompts), cfg.seed), before, None)
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
             batch = list(itertools.islice(order, cfg.rollout_batch_size))
@@ -337,13 +323,18 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
             passes = replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed % 2**32)
             update_metrics = update(policy, actor, optimizer, schedule, examples, passes, cost)
             clock.append(time.perf_counter())
-            phases = dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), np.diff(clock)))
-            text_metrics, kl_coef = describe(rollout, cfg), beta["now"]
+
+            seconds, tokens = np.diff(clock), sum(int(e.mask.sum()) for e in examples)
+            metrics = {**reward_metrics, **update_metrics, "kl_coef": beta["now"], "tokens": tokens,
+                       "response_tokens": tokens / len(examples),
+                       "eos_rate": 1 - np.mean(rollout.truncated),
+                       "generation_share": seconds[0] / seconds.sum(),
+                       "rollout_tokens_per_second": tokens / seconds[0],
+                       **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds))}
+            if cfg.toy:  # for the record alone: training never sees it
+                metrics["gold"] = np.mean(list(map(common.gold_reward, *rollout[:3])))
             beta["now"] = adapted(beta["now"], reward_metrics["kl"], cfg)
-            run.log(iteration, **reward_metrics, **text_metrics, **update_metrics,
-                    kl_coef=kl_coef, **phases,
-                    generation_share=phases["rollout_s"] / (clock[-1] - clock[0]),
-                    rollout_tokens_per_second=text_metrics["tokens"] / phases["rollout_s"])
+            run.log(iteration, **metrics)
     common.save_policy(folder, policy, codec, cfg)
 
 

@@ -44,9 +44,6 @@ class Config(common.Config):
                            toy=16, stage="training")
 
 
-CLASSIFIER = "AutoModelForSequenceClassification"
-
-
 def bradley_terry(better: torch.Tensor, worse: torch.Tensor, margin: float,
                   centering: float) -> torch.Tensor:
     """Each pair's loss (P,) from its two scores (P,): scalars, so autograd will do."""
@@ -168,8 +165,8 @@ def train(cfg: Config, base: Stage, folder: Path, cost: Cost) -> Callable:
 
 CARD = """# A Bradley-Terry reward model
 
-Trained from `{base}` on the ranked responses to {prompts} prompts. A response to a text prompt is
-scored at EOS, one to chat messages at the last token that the chat template writes:
+Trained from `{base}` on the ranked responses to {prompts} prompts. A response is scored at EOS, or
+at the last token that the chat template writes:
 
 ```python
 import torch
@@ -206,9 +203,8 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
                    f"{base}: transformers has no sequence classifier for {config.model_type}, so "
                    "no reward model can be trained from it; give --reward_model, of any family, or "
                    "labelled --samples")
-    model = common.load_model(base, where=where, kind=CLASSIFIER, drawn=("score.",), num_labels=1,
-                              spare=("lm_head.", "embed_out.", "output_projection."))
-    common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
+    model = load_classifier(base, torch.float32, where, num_labels=1, drawn=("score.",),
+                            spare=("lm_head.", "embed_out.", "output_projection."))
     if len(codec.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(codec.tokenizer), mean_resizing=False)
     for config in (model.config, model.config.get_text_config()):  # the latter nested, in some
@@ -217,9 +213,9 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
     return model
 
 
-def load_classifier(folder: str, dtype: torch.dtype, where: torch.device) -> Any:
+def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more: Any) -> Any:
     """A reward model's folder.  Raises BadInput if it is none."""
-    model = common.load_model(folder, dtype, where, CLASSIFIER)
+    model = common.load_model(folder, dtype, where, "AutoModelForSequenceClassification", **more)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs a sequence classifier with "
                    "num_labels=1 and a `score` head")
@@ -255,43 +251,25 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
 
 
 def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
-    """Accuracy on held-out preferences: overall, by margin against what sigma(margin) promises, and
-    of length alone.  Each prompt counts alike, however many pairs it has."""
+    """Accuracy on held-out preferences, and that of length alone; each prompt counts alike."""
     rows = [(ranking.prompt, text, False) for ranking in rankings for text in ranking.responses]
     scores = iter(load_scorer(cfg, folder)(*map(list, zip(*rows)), Cost()))
-    pairs, by_prompt = [], []
+    by_prompt, pairs = [], 0
     for ranking in rankings:
         read = [(next(scores), len(text)) for text in ranking.responses]
-        own = np.array([np.subtract(*pair) for pair in itertools.combinations(read, 2)])    # (P, 2)
-        pairs += [(*pair, 1 / len(own)) for pair in own]
-        by_prompt.append(wins(own[:, 0]).mean())
-    margin, more, weight = np.array(pairs).T                                            # (P,) each
-    accuracy, longer = float(np.mean(by_prompt)), float(np.average(wins(more), weights=weight))
-    error = float(np.std(by_prompt)) / math.sqrt(len(by_prompt))
-    print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± "
+        gaps = [np.subtract(*pair) for pair in itertools.combinations(read, 2)]
+        by_prompt.append(np.mean(np.sign(gaps) / 2 + 0.5, axis=0))  # a tie is half right
+        pairs += len(gaps)
+    accuracy, longer = np.mean(by_prompt, axis=0).tolist()
+    error = float(np.std(by_prompt, axis=0)[0]) / math.sqrt(len(by_prompt))
+    print0(f"  held-out pairs: {pairs} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± "
            f"{error:.3f}; control: {'longer' if longer >= 0.5 else 'shorter'} wins "
            f"{max(longer, 1 - longer):.3f}")
     if accuracy - 2 * error <= 0.5:
         print0("  warning: not clearly better than chance; give it more pairs, more --epochs or a "
                "higher --lr (a model of 100M weights needs about 1e-4)")
-    bins = []
-    for low, high in itertools.pairwise((0, 0.5, 1, 2, 4, math.inf)):
-        inside = (low <= np.abs(margin)) & (np.abs(margin) < high)
-        if inside.any():
-            right, promised = np.average(
-                [wins(margin[inside]), 1 / (1 + np.exp(-np.abs(margin[inside])))], 1,
-                weight[inside])
-            bins.append({"margin": low, "pairs": int(inside.sum()), "accuracy": right,
-                         "promised": promised})
-            print0("    margin from {margin}: {pairs:5} pairs, accuracy {accuracy:.2f}, promised "
-                   "{promised:.2f}".format(**bins[-1]))
-    return {"held_out_pairs": len(margin), "held_out_prompts": len(rankings), "accuracy": accuracy,
-            "error": error, "longer_wins": longer, "by_margin": bins}
-
-
-def wins(differences: np.ndarray) -> np.ndarray:
-    """1 where a difference is above 0, 1/2 where it is 0, else 0."""
-    return np.sign(differences) / 2 + 0.5
+    return {"held_out_pairs": pairs, "held_out_prompts": len(rankings), "accuracy": accuracy,
+            "error": error, "longer_wins": longer}
 
 
 def for_run(cfg: common.Config, base: Stage) -> Optional[Stage]:
