@@ -2771,7 +2771,7 @@ class TrainingRun:
             shutil.rmtree(whole, ignore_errors=True)  # one that was not whole
             work.rename(whole)
             for old in checkpoints_in(self.folder)[2:]:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old)
         barrier()
 
     def restore(self) -> tuple[int, int]:

@@ -21,7 +21,6 @@ whitening, dropout, mixing in SFT gradients.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -218,12 +217,6 @@ def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[An
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
 
 
-def endless(count: int, seed: int) -> Iterator[int]:
-    """0 to count - 1 in a new order each time round."""
-    for turn in itertools.count():
-        yield from np.random.default_rng((seed, turn)).permutation(count).tolist()
-
-
 def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
              cfg: Config, seed: int, cost: Cost) -> Rollout:
     """One response to each prompt from the policy as it is now; top-p is for evaluation."""
@@ -287,21 +280,21 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     score, reference = rm.load_scorer(), common.load_reference(base.folder, cfg)
     actor = ActorCritic(model, new_critic(base.folder, rm.folder, cfg), samples, cfg)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
-    prompts = common.split_prompts(cfg, held_out=False)
+    prompts, size = common.split_prompts(cfg, held_out=False), cfg.rollout_batch_size
     ids = codec.prompts(prompts)
-    iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
+    iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / size)
+    order = np.concatenate([np.random.default_rng((cfg.seed, turn)).permutation(len(prompts))
+                            for turn in range(math.ceil(iterations * size / len(prompts)))])
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
     beta = {"now": cfg.kl_coef}
-    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} "
-           f"responses, each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
+    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {size} responses, "
+           f"each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
 
     with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost,
                             beta) as run:
-        before = run.first * cfg.rollout_batch_size  # by the run that this one resumes
-        order = itertools.islice(endless(len(prompts), cfg.seed), before, None)
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
-            batch = list(itertools.islice(order, cfg.rollout_batch_size))
+            batch = order[iteration * size:][:size]
             rollout = roll_out(actor, codec, [prompts[i] for i in batch], [ids[i] for i in batch],
                                cfg, seed, cost)
             clock.append(time.perf_counter())
