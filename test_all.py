@@ -1359,12 +1359,15 @@ def test_given_samples_are_never_trained_on_with_held_out_prompts(run, tmp_path,
     path = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}", "reward": i}
                                          for i in range(60)))
     base = str(run[0] / "base")
-    cfg = config(model=base, samples=path, held_out=0.3, out=str(tmp_path / "run"))
+    cfg = config(model=base, samples=path, held_out=0.3, out=str(tmp_path / "run"),
+                 sources="dataset", samples_per_prompt=1)
     samples = common.labelled_samples(cfg, common.Stage(base, "base", Cost()), None)
     held_out = {common.prompt_hash(p) for p in common.split_prompts(cfg, held_out=True)}
     assert not set(samples.prompts.tolist()) & held_out
     assert len(samples.prompts) + len(held_out) == 60 and len(held_out) > 5
-    assert f"left out: {len(held_out)} with held-out prompts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"left out: {len(held_out)} with held-out prompts" in said
+    assert "--sources and --samples_per_prompt have no effect" in said
 
 
 def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_evaluated(tmp_path):
