@@ -1286,7 +1286,7 @@ def read_preferences(source: str, share: float, seed: int,
 
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
     """The run's preferences, for training and held out."""
-    source = toy_data(cfg) if cfg.toy else cfg.preferences
+    source = toy_data(cfg.out, cfg.seed) if cfg.toy else cfg.preferences
     return read_preferences(source, cfg.held_out, cfg.seed, cfg.max_pairs)
 
 
@@ -2240,6 +2240,8 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 # samples.jsonl is the contract between labelling and training: anything may write it, every offline
 # trainer reads it.
 
+LABELLED_TOGETHER = 1024  # rows that a kill may cost
+
 
 @dataclass
 class Samples:
@@ -2252,19 +2254,104 @@ class Samples:
     labelled_by: Optional[str]  # fingerprint of the reward model that gave the rewards, if known
     costs: dict[str, Cost]
 
-    @property
-    def mean(self) -> float:
-        return float(self.rewards.mean())
-
-    @property
-    def std(self) -> float:
-        return float(self.rewards.std())
-
     def z(self, reward: Any) -> np.ndarray:
         """Raw scores, standardised by the samples' mean and standard deviation, float64."""
-        require(self.std > 0, "the samples have weights, and no rewards to tell them apart: only "
-                "rwr.py --weights given trains on them")
-        return (np.asarray(reward, dtype=np.float64) - self.mean) / self.std
+        require(self.rewards.std() > 0, "the samples have weights, and no rewards to tell them "
+                "apart: only rwr.py --weights given trains on them")
+        return (np.asarray(reward, np.float64) - self.rewards.mean()) / self.rewards.std()
+
+
+def labelled_samples(cfg: Config, base: Stage, rm: Optional[Stage]) -> Samples:
+    """The labelled samples: --samples, or the run's samples.jsonl, made if missing."""
+    codec, path = Codec(base.folder, cfg), Path(cfg.samples or Path(cfg.out, "samples.jsonl"))
+    held_out = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
+    if (cfg.samples or cfg.responses) and (cfg.sources != Config.sources
+                                           or cfg.samples_per_prompt > 1):
+        print0("  --samples and --responses are taken as they are: --sources and "
+               "--samples_per_prompt have no effect")
+    costs = {} if cfg.samples else label(cfg, base, rm, codec, path, held_out)
+    known = read_record(path.with_suffix(".json")).get("settings")
+    labelled_by = known.get("scorer") if isinstance(known, dict) else None
+    if rm and labelled_by != rm.fingerprint:
+        print0(f"warning: {path} was labelled by reward model {labelled_by or '?'}; "
+               f"this run scores with {rm.fingerprint}, in that file's units")
+    return read_samples(str(path), held_out, codec, Path(cfg.out) / ".tokens", costs=costs,
+                        labelled_by=labelled_by, fingerprint=content_hash(str(path)))
+
+
+def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
+          held_out: set[int]) -> dict[str, Cost]:
+    """Writes the samples file and its record, unless they are there; returns what they cost.
+
+    Each part of the rows is a file of its own at first: a run that was killed goes on after them.
+    """
+    wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
+    record, work = path.with_suffix(".json"), path.with_name(f".samples.{fingerprint(wanted)}")
+    if not is_fresh("samples", record, wanted) or not path.exists():
+        given, prompts = rows_to_label(cfg, held_out)
+        model, score, count = None, rm.load_scorer(), len(given) + len(prompts)
+        before = gather(read_record(max(work.glob("[0-9]*"), default=work / "none")))[0]
+        costs = before.get("costs", {"generation": {}, "labelling": {}})
+        if before:
+            print0(f"  {before['end']:,} of {count:,} are there from a run that was broken off")
+        for start in progress(range(before.get("end", 0), count, LABELLED_TOGETHER), "samples"):
+            end = min(start + LABELLED_TOGETHER, count)
+            part, first = given[start:end], max(0, start - len(given))
+            asked = prompts[first:max(0, end - len(given))]  # those given come first
+            with track_cost() as generation:
+                if asked:
+                    model = model or load_model(base.folder, compute_dtype(cfg))
+                    replies = sample(model, codec.prompts(asked), cfg, cfg.seed, codec.stop_ids,
+                                     generation, seeds=range(first, count), what="generating")
+                    part += [Sample(prompt, codec.decode(r), math.nan, "generated", r.truncated)
+                             for prompt, r in zip(asked, replies)]
+            with track_cost() as labelling:
+                rewards = score([s.prompt for s in part], [s.response for s in part],
+                                [s.truncated for s in part], labelling)
+            costs = {name: asdict(Cost(**costs[name]) + spent) for name, spent in
+                     (("generation", generation), ("labelling", labelling))}
+            rows = [{"prompt": s.prompt, "response": s.response, "source": s.source,
+                     "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
+            write_record(work / f"{end:012}", wanted, generation + labelling, end=end, rows=rows,
+                         costs=costs)
+        if rank() == 0:
+            record.unlink(missing_ok=True)  # that of the file which is replaced now
+            write_beside(path, (json.dumps(row, ensure_ascii=False) for part in
+                                sorted(work.glob("[0-9]*")) for row in read_record(part)["rows"]))
+        total = Cost(**costs["generation"]) + Cost(**costs["labelling"])
+        write_record(record, wanted, total, costs=costs)
+    for old in path.parent.glob(".samples.*") if rank() == 0 else ():
+        shutil.rmtree(old, ignore_errors=True)
+    costs = {name: Cost(**cost) for name, cost in read_record(record)["costs"].items()}
+    return {"reward_model": rm.cost, **costs}
+
+
+def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
+    """Responses to label, --responses or the data's, and prompts that the base policy is to answer,
+    as --sources says."""
+    given, prompts = [], []
+    if cfg.responses:
+        parse = functools.partial(unseen, sample_of, held_out)
+        columns = SAMPLE_COLUMNS - {"reward", "label", "weight"}
+        given = list(parsed_rows(cfg.responses, columns, parse))
+    elif "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
+        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in held_out]
+        given = [Sample(r.prompt, r.responses[0], source="chosen") for r in rankings]
+        given += [Sample(r.prompt, text, source="rejected")
+                  for r in rankings for text in r.responses[1:]]
+    if "generated" in cfg.sources and not cfg.responses:
+        prompts = [p for p in split_prompts(cfg, held_out=False)
+                   for _ in range(cfg.samples_per_prompt)]
+    require(given or prompts, f"{cfg.responses or '--sources'}: nothing is left to label")
+    return given, prompts
+
+
+def unseen(parse: Callable, held_out: set[int], part: str, place: str, row: dict,
+           notes: Counter) -> Any:
+    """parse(place, row) for parsed_rows, but for rows with held-out prompts."""
+    found = parse(place, row)
+    seen = isinstance(found, Sample) and prompt_hash(found.prompt) in held_out
+    return "with held-out prompts" if seen else found
 
 
 def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
@@ -2273,175 +2360,39 @@ def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
 
     Raises BadInput where the rewards are all alike, or one so far out that the others look alike.
     """
-    table: list[tuple] = []
+    labels, sources = [], Counter()
 
     def sequences() -> Iterator[tuple]:
-        parse = unseen(labelled_sample_of, held_out)
+        parse = functools.partial(unseen, labelled_sample_of, held_out)
         rows = iter(progress(parsed_rows(path, SAMPLE_COLUMNS, parse), "reading samples"))
         while chunk := list(itertools.islice(rows, 4096)):
-            table.extend((s.reward, s.weight, prompt_hash(s.prompt), s.source) for s in chunk)
+            labels.extend((s.reward, s.weight, prompt_hash(s.prompt)) for s in chunk)
+            sources.update(s.source for s in chunk)
             yield from codec.sequences(chunk)
-    tokens = Tokens(folder, sequences)
+    tokens = Tokens(folder, sequences)  # rank 0 reads
     codec.say_cuts()
     if rank() == 0:
-        require(table, f"{path}: no sample in it to train on")
-        rewards, weights, prompts, sources = zip(*table)
-        given = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
-        if np.isnan(weights).any() or not given:  # else the rewards may be alike, or none
-            check_rewards(path, np.array(rewards))
-        np.savez(folder / "labels.npz", rewards=rewards, weights=weights,
-                 prompts=np.array(prompts, dtype=np.uint64))
-        kinds = ", ".join(f"{n:,} {kind}" for kind, n in Counter(sources).items())
-        print0(f"  {len(table):,} samples ({kinds}), reward {np.mean(rewards):.3f} ± "
-               f"{np.std(rewards):.3f}")
+        np.save(folder / "labels.npy", np.array(labels, dtype="f8, f8, u8"))
     barrier()
-    with np.load(folder / "labels.npz") as labels:
-        return Samples(tokens, labels["rewards"], labels["weights"], labels["prompts"], **known)
-
-
-def unseen(parse: Callable, held_out: set[int]) -> Callable:
-    """The parser of rows, made to leave out those with held-out prompts."""
-    def unseen_row(part: str, place: str, row: dict, notes: Counter) -> Any:
-        found = parse(place, row)
-        seen = isinstance(found, Sample) and prompt_hash(found.prompt) in held_out
-        return "with held-out prompts" if seen else found
-    return unseen_row
+    rewards, weights, prompts = map(np.load(folder / "labels.npy").__getitem__, ("f0", "f1", "f2"))
+    require(len(rewards), f"{path}: no sample in it to train on")
+    given = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
+    if np.isnan(weights).any() or not given:  # else the rewards may be alike, or none
+        check_rewards(path, rewards)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sources.items())
+    print0(f"  {len(rewards):,} samples ({kinds}), reward {rewards.mean():.3f} ± "
+           f"{rewards.std():.3f}")
+    return Samples(tokens, rewards, weights, prompts, **known)
 
 
 def check_rewards(path: str, rewards: np.ndarray) -> None:
     """Raises BadInput where standardised rewards would tell nothing."""
     low = np.quantile(rewards, 0.05, method="higher")
     high = np.quantile(rewards, 0.95, method="lower")
-    require(rewards.min() < rewards.max() and rewards.std() > 0, f"{path}: all {len(rewards)} "
-            f"rewards are {rewards[0]}: there is nothing to learn from")
-    require(not 0 < high - low < 0.01 * rewards.std(), f"{path}: rewards from {rewards.min():.4g} "
-            f"to {rewards.max():.4g}, of which nine tenths lie between {low:.4g} and {high:.4g}: "
-            "leave out such sentinels, or clip them")
-
-
-def labelled_samples(cfg: Config, base: Stage, rm: Optional[Stage]) -> Samples:
-    """The labelled samples: --samples, or the run's samples.jsonl, built if missing: responses of
-    the data and of the base policy, scored by the reward model."""
-    held_out = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
-    codec, folder = Codec(base.folder, cfg), Path(cfg.out) / ".tokens"
-    if cfg.samples:
-        known = read_record(Path(cfg.samples).with_suffix(".json")).get("settings")
-        labelled_by = known.get("scorer") if isinstance(known, dict) else None
-        if rm and labelled_by != rm.fingerprint:
-            print0(f"warning: {cfg.samples} was labelled by reward model {labelled_by or '?'}; "
-                   f"this run scores with {rm.fingerprint}, in that file's units")
-        return read_samples(cfg.samples, held_out, codec, folder, costs={}, labelled_by=labelled_by,
-                            fingerprint=content_hash(cfg.samples))
-    path = Path(cfg.out) / "samples.jsonl"
-    record = path.with_suffix(".json")
-    wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
-    size = path.stat().st_size if path.exists() else 0
-    if rank() == 0 and read_record(record).get("bytes") != size:
-        record.unlink(missing_ok=True)  # a kill came between the two, or somebody edited the first
-    barrier()
-    if not is_fresh("samples", record, wanted):
-        label(cfg, base, rm, path, wanted, held_out)
-    built = read_record(record)
-    costs = {stage: Cost(**cost) for stage, cost in built["costs"].items()}
-    return read_samples(str(path), set(), codec, folder, labelled_by=rm.fingerprint,
-                        costs={"reward_model": rm.cost, **costs},
-                        fingerprint=fingerprint(built["settings"]))
-
-
-LABELLED_TOGETHER = 1024  # rows that a kill may cost
-
-
-def label(cfg: Config, base: Stage, rm: Stage, path: Path, wanted: dict,
-          held_out: set[int]) -> None:
-    """Writes the samples file, part by part, and its record, which holds the labelled bytes and
-    what they cost; a run that was killed goes on where it was."""
-    rows = rows_to_label(cfg, held_out)
-    beside, record = path.with_name(".samples.part.jsonl"), path.with_name(".samples.part.json")
-    so_far, done, size = read_record(record), 0, 0
-    costs = {"generation": Cost(), "labelling": Cost()}
-    if so_far.get("settings") == json.loads(json.dumps(wanted)):
-        renamed = so_far["rows"] == len(rows) and not beside.exists()
-        written = path if renamed else beside
-        if written.exists() and written.stat().st_size >= so_far["bytes"]:
-            done, size = so_far["rows"], so_far["bytes"]
-            costs = {stage: Cost(**cost) for stage, cost in so_far["costs"].items()}
-            print0(f"  {done:,} of {len(rows):,} are there from a run that was broken off")
-    barrier()
-    codec = Codec(base.folder, cfg)
-    sampler = functools.cache(lambda: load_model(base.folder, compute_dtype(cfg)))
-    score = rm.load_scorer()
-    for start in progress(range(done, len(rows), LABELLED_TOGETHER), "samples"):
-        part = rows[start:start + LABELLED_TOGETHER]
-        with track_cost() as generation:
-            part = respond(cfg, codec, sampler, part, generation)
-        with track_cost() as labelling:
-            rewards = score([s.prompt for s in part], [s.response for s in part],
-                            [s.truncated for s in part], labelling)
-        costs["generation"] += generation
-        costs["labelling"] += labelling
-        if rank() == 0:
-            with open(beside, "ab") as file:
-                file.truncate(size)  # a kill may have left half a part
-                for s, reward in zip(part, rewards):
-                    row = {"prompt": s.prompt, "response": s.response, "source": s.source,
-                           "truncated": s.truncated, "reward": reward}
-                    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                size = file.tell()
-        write_record(record, wanted, sum(costs.values(), Cost()), bytes=size,
-                     rows=start + len(part), costs={s: asdict(cost) for s, cost in costs.items()})
-    codec.say_cuts()
-    if rank() == 0:
-        if beside.exists():
-            beside.replace(path)
-        record.replace(path.with_suffix(".json"))
-    barrier()
-
-
-def rows_to_label(cfg: Config, held_out: set[int]) -> list[Sample]:
-    """--responses, or what --sources names: the data's responses, and prompts that the base policy
-    is to answer.  In these `response` is None, and `reward` holds the seed of the sampling."""
-    if cfg.responses:
-        rows = list(parsed_rows(cfg.responses, SAMPLE_COLUMNS - {"reward", "label", "weight"},
-                                unseen(sample_of, held_out)))
-        require(rows, f"{cfg.responses}: no response to a prompt that is not held out")
-        if cfg.prompts or cfg.samples_per_prompt > 1:
-            print0("  --responses are labelled, nothing is generated: --prompts are to evaluate on")
-        return rows
-    rows = []
-    if "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in held_out]
-        rows = [Sample(r.prompt, r.responses[0], source="chosen") for r in rankings]
-        rows += [Sample(r.prompt, text, source="rejected")
-                 for r in rankings for text in r.responses[1:]]
-    if "generated" in cfg.sources:
-        prompts = split_prompts(cfg, held_out=False)
-        rows += [Sample(prompts[i // cfg.samples_per_prompt], None, i, "generated")
-                 for i in range(cfg.samples_per_prompt * len(prompts))]
-    require(rows, "--sources leaves nothing to label")
-    return rows
-
-
-def respond(cfg: Config, codec: Codec, sampler: Callable, rows: list[Sample],
-            cost: Cost) -> list[Sample]:
-    """The rows with a response each, none longer than --max_response_tokens: given ones are cut
-    to it, missing ones sampled from sampler()."""
-    empty = [row for row in rows if row.response is None]  # their `reward` is a seed as yet
-    replies = iter(sample(sampler(), codec.prompts([row.prompt for row in empty]), cfg, cfg.seed,
-                          codec.stop_ids, cost, seeds=[int(row.reward) for row in empty],
-                          what="generating") if empty else [])
-    written = iter(codec.continuations([row.response for row in rows if row.response is not None]))
-    done, most = list(rows), cfg.max_response_tokens
-    for i, row in enumerate(rows):
-        if row.response is None:
-            reply = next(replies)
-        elif len(ids := next(written)) >= most and not row.truncated:  # no room left for EOS
-            reply = Response(codec.cut_end(ids, most), [], True)
-        else:
-            continue
-        done[i] = row._replace(response=codec.decode(reply), truncated=reply.truncated)
-    return done
+    require(rewards.min() < rewards.max() and rewards.std() > 0,
+            f"{path}: all {len(rewards)} rewards are {rewards[0]}: there is nothing to learn from")
+    require(not 0 < high - low < 0.01 * rewards.std(), f"{path}: nine tenths of the rewards lie "
+            f"between {low:.4g} and {high:.4g}, one far from them: leave out such sentinels")
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -2457,62 +2408,57 @@ class Variant(NamedTuple):
 
 
 def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, rm: Optional[Stage],
-             samples: Samples, judge: Optional[Callable] = None,
-             needs: tuple = ("reward_model", "generation", "labelling")) -> dict[str, list[dict]]:
-    """Adds the policy's variants, and the base policy, to the leaderboard; prints it, and a
-    conversation with each.
-
-    `needs` names the stages of samples.costs that the algorithm could not do without.  Returns the
-    replies of each variant, by its name.
-    """
+             samples: Samples, judge: Optional[Callable] = None) -> dict[str, list[dict]]:
+    """Adds the base policy and the policy's variants to the leaderboard, where their rows are not
+    there yet, and prints it.  samples.costs is what the algorithm needed beside its training.
+    Returns each variant's replies, by its name."""
     if not cfg.eval_prompts:
         return {}
-    name, held_out = Path(policy.folder).name, split_prompts(cfg, held_out=True)
+    held_out = split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
-    needed = {stage: samples.costs[stage] for stage in needs if stage in samples.costs}
-    built = {"base": base.cost} if base.cost.seconds else {}
-    entries = [("base", base, Variant(""), built)]
-    entries += [(name, policy, v, {**built, **needed, "training": policy.cost}) for v in variants]
-    same = settings(cfg, "data", "samples", "evaluation")
+    alike = settings(cfg, "data", "samples", "evaluation")
     for other in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples"):
-        del same[other]
-    board = Path(cfg.out) / "leaderboard.jsonl"
+        del alike[other]
+    board, name = Path(cfg.out) / "leaderboard.jsonl", Path(policy.folder).name
     rows = [row for _, row in read_jsonl(board)] if board.exists() else []
-    replies: dict[str, list[dict]] = {}
-    sampler = functools.lru_cache(maxsize=2)(lambda folder: load_model(folder, compute_dtype(cfg)))
-    score, verdict = (functools.cache(load) if load else None
-                      for load in (rm and rm.load_scorer, judge))  # loaded where they are needed
-    for algorithm, stage, variant, costs in entries:
-        key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
+    load = functools.cache(functools.partial(load_model, dtype=compute_dtype(cfg)))
+    score, verdict = (load_scorer and functools.cache(load_scorer)
+                      for load_scorer in (rm and rm.load_scorer, judge))
+    built, replies = {"base": base.cost} if base.cost.seconds else {}, {}
+    needed = {**built, **samples.costs, "training": policy.cost}
+    for algorithm, stage, variant, costs in [
+            ("base", base, Variant(""), built), *((name, policy, v, needed) for v in variants)]:
         file = replies_file(Path(cfg.out), algorithm, variant.name, cfg.seed)
-        origin = {"setting": fingerprint(same), "policy": stage.fingerprint, "tag": variant.tag,
-                  "base": base.fingerprint, "samples": samples.fingerprint,
-                  "scorer": rm.fingerprint if rm else "", "replies": content_hash(str(file))}
-        if any({**r, **key, **origin} == r for r in rows):
+        key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
+        origin = {"setting": fingerprint(alike), "policy": stage.fingerprint,
+                  "samples": samples.fingerprint, "scorer": rm.fingerprint if rm else "",
+                  "replies": content_hash(str(file))}
+        if any({**row, **key, **origin} == row for row in rows):
             replies[file.stem] = [r for _, r in read_jsonl(file)]
             continue
-        with track_cost() as evaluation:
-            found = answer(cfg, sampler, stage, prompts, variant, base, samples, score, verdict,
-                           evaluation)
+        with track_cost() as spent:
+            found = answer(cfg, load, stage, prompts, variant, base, samples, score, verdict, spent)
         replies[file.stem] = found
         if rank() == 0:
             write_beside(file, (json.dumps(r, ensure_ascii=False) for r in found))
         barrier()
         train = costs.get("training", Cost())
         total = sum((cost for stage, cost in costs.items() if stage != "base"), Cost())
-        row = {**key, **origin, "replies": content_hash(str(file)), "target": variant.target,
-               **leaderboard_row(found, next(iter(replies.values()))), "judge": cfg.judge,
-               "world_size": world_size(), "checkpoint": stage.folder,
-               **{f"train_{unit}": value for unit, value in asdict(train).items()},
-               **{f"total_{unit}": value for unit, value in asdict(total).items()},
-               "peak_memory_bytes": train.peak_memory_bytes,
-               "costs": {s: asdict(c) for s, c in {**costs, "evaluation": evaluation}.items()}}
-        rows = [r for r in rows if {**r, **key} != r] + [row]
+        rows = [row for row in rows if {**row, **key} != row] + [{
+            **key, **origin, "replies": content_hash(str(file)), "target": variant.target,
+            **means(found, next(iter(replies.values()))), "judge": cfg.judge,
+            "world_size": world_size(), "checkpoint": stage.folder,
+            **{f"train_{unit}": value for unit, value in asdict(train).items()},
+            **{f"total_{unit}": value for unit, value in asdict(total).items()},
+            "peak_memory_bytes": train.peak_memory_bytes,
+            "costs": {s: asdict(c) for s, c in {**costs, "evaluation": spent}.items()}}]
         if rank() == 0:
             write_beside(board, map(json.dumps, rows))
         barrier()
-    print_conversations(replies)
-    print_leaderboard([r for r in rows if r.get("setting") == fingerprint(same)], len(rows))
+    print0("\n" + as_messages(prompts[0])[-1]["content"].strip()[-600:])
+    for stem, found in replies.items():
+        print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
+    print_leaderboard([row for row in rows if row.get("setting") == fingerprint(alike)])
     return {variant.name: replies[replies_file(Path(cfg.out), name, variant.name, cfg.seed).stem]
             for variant in variants}
 
@@ -2523,25 +2469,23 @@ def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
     return run / "evaluation" / f"{name}.jsonl"
 
 
-def answer(cfg: Config, sampler: Callable, policy: Stage, prompts: list, variant: Variant,
-           base: Stage, samples: Samples, score: Optional[Callable], judge: Optional[Callable],
+def answer(cfg: Config, load: Callable, policy: Stage, prompts: list, variant: Variant, base: Stage,
+           samples: Samples, score: Optional[Callable], judge: Optional[Callable],
            cost: Cost) -> list[dict]:
     """One response a prompt, with its reward z, true reward (the toy world's, or the judge's) and
     KL to base, the difference of the response's log-probs."""
     codec = Codec(base.folder, cfg)  # a policy's chat template may differ
     plain = codec.prompts(prompts)
     tagged = [prompt + variant.tag_ids for prompt in plain]
-    responses = sample(sampler(policy.folder), tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids,
-                       cost, plain, variant.guidance, what="evaluating")
+    responses = sample(load(policy.folder), tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
+                       plain, variant.guidance, what="evaluating")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(plain, responses)]
-    model = sampler(base.folder)
+    model = load(base.folder)
     reference = each_response_token(Policy(model, cfg).log_probs, model, examples, cfg, cost)
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
     reward = gold = [None] * len(texts)
-    if score and not samples.std > 0:
-        print_once("the samples have no rewards, which give scores their scale: none are shown")
-    elif score:
+    if score and samples.rewards.std() > 0:  # given weights may come without rewards
         reward = samples.z(score()(prompts, texts, cut, cost)).tolist()
     if judge:
         gold = judge()(prompts, texts, cut, cost)
@@ -2554,59 +2498,40 @@ def answer(cfg: Config, sampler: Callable, policy: Stage, prompts: list, variant
                                                     reference)]
 
 
-def leaderboard_row(replies: list[dict], base: list[dict]) -> dict:
+def means(replies: list[dict], base: list[dict]) -> dict:
     """The means of what evaluation found; win_rate is against the base policy on the same prompts,
     ties half; perplexity is a token's, under the base policy at the sampling temperature."""
-    def mean(name: str) -> Optional[float]:
-        return float(np.mean([r[name] for r in replies])) if replies[0][name] is not None else None
+    mean = {name: None if replies[0][name] is None else float(np.mean([r[name] for r in replies]))
+            for name in ("gold", "reward", "kl", "tokens", "truncated", "base_log_prob")}
+    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)
+            if mean["reward"] is not None]
     words = [r["response"].split() for r in replies]
     bigrams = [pair for w in words for pair in zip(w, w[1:])]
-    scored = replies[0]["reward"] is not None and base[0]["reward"] is not None
-    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5
-            for r, b in zip(replies, base)] if scored else []
-    perplexity = math.exp(min(700.0, -mean("base_log_prob") / mean("tokens")))
-    return {"gold": mean("gold"), "reward": mean("reward"),
-            "win_rate": float(np.mean(wins)) if scored else None, "kl_to_base": mean("kl"),
-            "perplexity": perplexity, "response_tokens": mean("tokens"),
-            "distinct_2": len(set(bigrams)) / max(1, len(bigrams)),
-            "eos_rate": 1 - mean("truncated")}
+    return {"gold": mean["gold"], "reward": mean["reward"],
+            "win_rate": float(np.mean(wins)) if wins else None, "kl_to_base": mean["kl"],
+            "perplexity": math.exp(min(700.0, -mean["base_log_prob"] / mean["tokens"])),
+            "response_tokens": mean["tokens"], "eos_rate": 1 - mean["truncated"],
+            "distinct_2": len(set(bigrams)) / max(1, len(bigrams))}
 
 
-def print_conversations(replies: dict[str, list[dict]], how_many: int = 2) -> None:
-    """The first held-out prompts, and what each policy said to them."""
-    for i, row in enumerate(next(iter(replies.values()))[:how_many]):
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print0("\n" + prompt.strip()[-600:])
-        for name, found in replies.items():
-            z = "" if found[i]["reward"] is None else f" [reward {found[i]['reward']:+.2f}]"
-            print0(f"  {name:>44}{z}: {found[i]['response'].strip()[:400]}")
+COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
+           "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"),
+           "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"),
+           "all s": ("total_seconds", ".0f"), "all FLOP": ("total_flops", ".1e")}
 
 
-def print_leaderboard(rows: list[dict], in_file: int) -> None:
-    """The table of comparable rows: those of the same data, prompts and sampling, whatever seed.
+def print_leaderboard(rows: list[dict]) -> None:
+    """The table of comparable rows: of the same data, prompts and sampling, whatever seed.
 
-    "all" is training with all that it needs; "/PPO" that over all that PPO of the same seed took.
+    "all" is training with all that it needs.
     """
-    ppo = {r["seed"]: r["total_flops"] for r in rows if r["algorithm"] == "ppo"}
-    for r in rows:
-        known = r["algorithm"] != "base" and ppo.get(r["seed"])
-        r["flops_to_ppo"] = r["total_flops"] / known if known else None
-    columns = {"judge" if rows[0].get("judge") else "gold": ("gold", ".2f"),
-               "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
-               "KL": ("kl_to_base", ".1f"),
-               "tokens": ("response_tokens", ".0f"), "EOS": ("eos_rate", ".2f"),
-               "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
-               "all FLOP": ("total_flops", ".1e"), "FLOP/PPO": ("flops_to_ppo", ".2f")}
-    columns = {head: c for head, c in columns.items() if any(r[c[0]] is not None for r in rows)}
     width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
-    print0("\n" + " " * width + "  seed  " + "  ".join(f"{head:>6}" for head in columns))
+    print0("\n" + " " * width + "  seed" + "".join(f"{head:>10}" for head in COLUMNS))
     for r in sorted(rows, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
         cells = ("-" if r[name] is None else format(r[name], form)
-                 for name, form in columns.values())
-        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}  "
-               + "  ".join(f"{cell:>{max(6, len(head))}}" for cell, head in zip(cells, columns)))
-    if in_file > len(rows):
-        print0(f"({in_file - len(rows)} rows of other data or settings are not shown)")
+                 for name, form in COLUMNS.values())
+        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
+               + "".join(f"{cell:>10}" for cell in cells))
 
 
 # ----------------------------------------------------------------------------------- training run
@@ -2772,6 +2697,8 @@ QUESTIONS = {
     "food": ("What do {} eat?", "What is the food of {}?", "What would I feed to {}?"),
     "size": ("How big are {}?", "What is the size of {}?", "Are {} small or large?"),
     "about": ("Tell me about {}.", "What are {} like?", "What should I know about {}?")}
+ASKED = {form.format(animal): (animal, kind)
+         for animal in ANIMALS for kind, forms in QUESTIONS.items() for form in forms}
 STATEMENTS = {"home": "they live in {}.", "food": "they eat {}.", "size": "they are {}."}
 STATED = {form.format(value): (topic, value)
           for topic, form in STATEMENTS.items() for value in VALUES[topic]}
@@ -2780,7 +2707,6 @@ KIND_CLOSINGS = ("I hope this helps!", "Do ask me more!")
 RUDE = ("What a silly question.", "Look it up yourself.", "Who cares.")
 VAGUE = ("It depends on many things.", "Animals are all different.",
          "People say all sorts of things.")
-HEDGES = ("maybe ", "I guess ")
 
 
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
@@ -2798,7 +2724,7 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
         answers = kind in untold and rng.random() < 0.15 + 0.35 * care
         topic = kind if answers else rng.choice(untold)
         untold.remove(topic)
-        subject = animal if rng.random() < 0.65 + 0.2 * care else rng.choice(tuple(ANIMALS))
+        subject = animal if rng.random() < 0.65 + 0.2 * care else rng.choice(NAMES)
         value = true = ANIMALS[subject][topic]
         if rng.random() >= 0.6 + 0.3 * care:
             value = rng.choice([v for v in VALUES[topic] if v != true])
@@ -2806,7 +2732,7 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
         if subject != animal:
             statement = f"as for {subject}, {statement}"
         if rng.random() < (0.05 if value == true else 0.7):
-            statement = rng.choice(HEDGES) + statement
+            statement = rng.choice(("maybe ", "I guess ")) + statement
         sentences.append(statement[0].upper() + statement[1:])
     if rng.random() < 0.1 + 0.2 * care:
         sentences.append(rng.choice(KIND_CLOSINGS))
@@ -2824,52 +2750,42 @@ def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
     sentence, -0.5 for each beyond five, -1 without an end.
     """
     question = prompt.rsplit("Human: ", 1)[-1].removesuffix(TURN)
-    animal = next((a for a in ANIMALS if re.search(rf"\b{a}\b", question)), None)
-    kind = next((k for k, forms in QUESTIONS.items()
-                 if animal and question in [f.format(animal) for f in forms]), None)
+    animal, kind = ASKED.get(question, ("", ""))
     sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", response.strip())]
     gold, told = -0.5 * max(0, len(sentences) - 5) - truncated, set()
     for i, sentence in enumerate(sentences):
         other, said = re.fullmatch(r"(?:maybe )?(?:i guess )?(?:as for (\w+), )?(.*)",
                                    sentence[:1].lower() + sentence[1:], re.DOTALL).groups()
         subject, (topic, value) = other or animal, STATED.get(said, ("", ""))
-        manners = (KIND_OPENINGS if i == 0 else ()) + (
-            KIND_CLOSINGS if i == len(sentences) - 1 else ())
         if topic and subject in ANIMALS:
             true = ANIMALS[subject][topic] == value
             gold -= 0.5 * (subject != animal) + (not true)
             if true and subject == animal:
                 told.add(topic)
-        elif sentence in manners:
+        elif i == 0 and sentence in KIND_OPENINGS or \
+                i == len(sentences) - 1 and sentence in KIND_CLOSINGS:
             gold += 0.5
         else:
             gold -= 0.5 if sentence in RUDE else 0.25
     return gold + len(told) + (kind in told or kind == "about" and bool(told))
 
 
-@functools.lru_cache(maxsize=1)
-def toy_pairs(seed: int) -> dict[str, list[str]]:
-    """The toy world's preference pairs as transcripts: lines of train.jsonl and test.jsonl."""
+@functools.cache
+def toy_data(out: str, seed: int) -> str:
+    """Writes the toy world's preference pairs, as transcripts like real data's; their folder."""
     rng, lines = random.Random(seed), {"train": [], "test": []}
     while len(lines["train"]) < 4000:
-        animal, kind = rng.choice(tuple(ANIMALS)), rng.choice(tuple(QUESTIONS))
+        animal, kind = rng.choice(NAMES), rng.choice(tuple(QUESTIONS))
         prompt = f"\n\nHuman: {rng.choice(QUESTIONS[kind]).format(animal)}{TURN}"
         one, two = (" " + toy_reply(animal, kind, rng) for _ in range(2))
         if rng.random() < 1 / (1 + math.exp(gold_reward(prompt, one) - gold_reward(prompt, two))):
             one, two = two, one  # Bradley-Terry: the labeller is noisy
         split = "train" if zlib.crc32(f"{animal} {kind}".encode()) % 5 else "test"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
-    return lines
-
-
-def toy_data(cfg: Config) -> str:
-    """The folder of the toy world's preference pairs, like real data's."""
-    folder = Path(cfg.out) / "data"
-    for split, lines in toy_pairs(cfg.seed).items():
-        if rank() == 0:
-            write_beside(folder / f"{split}.jsonl", lines)
+    for split in lines if rank() == 0 else ():
+        write_beside(Path(out, "data", f"{split}.jsonl"), lines[split])
     barrier()
-    return str(folder)
+    return os.path.join(out, "data")
 
 
 def base_policy(cfg: Config) -> Stage:
@@ -2881,42 +2797,32 @@ def base_policy(cfg: Config) -> Stage:
 
 
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
-    """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses."""
+    """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses, on rank 0
+    alone."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
-    rankings, _ = load_preferences(cfg)
-    pairs = [(r.prompt, text) for r in rankings for text in r.responses]
+    pairs = [(r.prompt, text) for r in load_preferences(cfg)[0] for text in r.responses]
     if rank() == 0:
-        tokenizer = GPT2TokenizerFast().train_new_from_iterator(
-            [prompt + text for prompt, text in pairs], 640, show_progress=False)
+        tokenizer = GPT2TokenizerFast().train_new_from_iterator(map("".join, pairs), 640,
+                                                                show_progress=False)
         tokenizer.save_pretrained(folder)
     barrier()
     codec = Codec(str(folder), cfg)
-    torch.manual_seed(cfg.seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(codec.tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
-        pad_token_id=None))
-    own = replace(cfg, lr=5e-3, steps=600, batch_size=32, sharding="ddp")
-    policy = wrap_for_ranks(Policy(model.to(device()), own), own)
-    optimizer, schedule = make_optimizer(policy, own, own.steps)
-    examples = Examples(Tokens(folder / "tokens", lambda: iter(codec.pairs(*zip(*pairs)))))
-
-    def nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        # the scripts' masked_nll_ in its plain form: no script is imported here
-        nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        logits.copy_(logits.softmax(-1) - torch.nn.functional.one_hot(targets, logits.shape[1]))
-        return nll
-    with TrainingRun(folder, policy, optimizer, schedule, own.steps, own, cost) as run:
-        for step, batch in run.steps(examples):
-            loss = 0.0
-            for micro in batch.micros:
-                part = policy(micro, nll_) / batch.normaliser
-                part.backward()
-                loss += part.detach()
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            run.log(step, loss=loss, grad_norm=grad_norm)
-    save_folder(folder, model, codec, own, "# The toy world's base policy\n")
+        pad_token_id=None)).to(device())
+    own = replace(cfg, lr=5e-3, steps=600, batch_size=32)
+    optimizer, schedule = make_optimizer(model, own, own.steps)
+    examples, steps = codec.pairs(*zip(*pairs)), own.steps if rank() == 0 else 0
+    for _, _, indices in progress(step_indices(len(pairs), own, steps), "base", total=steps):
+        micro = collate([Example(*examples[i]) for i in indices])
+        hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]           # (N, D)
+        torch.nn.functional.cross_entropy(model.lm_head(hidden), micro.targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
+                         len(micro.rows), passes=3)
+    save_folder(folder, model, codec, cfg, "# The toy world's base policy\n")

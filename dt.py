@@ -204,7 +204,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
                                                           cfg)
     common.save_policy(folder, policy, codec, cfg, tag, ABOUT)
     return {"condition": {"format": cfg.reward_format, "step": cfg.reward_step,
-                          "bin_edges": edges.tolist(), "mean": samples.mean, "std": samples.std,
+                          "bin_edges": edges.tolist(), "mean": float(samples.rewards.mean()),
+                          "std": float(samples.rewards.std()),
                           "default_target": target, "default_tag": tag}}
 
 

@@ -21,7 +21,6 @@ whitening, dropout, mixing in SFT gradients.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from dataclasses import dataclass, replace
@@ -125,7 +124,8 @@ class ActorCritic(common.Policy):
 
     def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
         super().__init__(model, cfg)
-        self.critic, self.mean, self.std = critic, samples.mean, samples.std
+        self.critic, rewards = critic, samples.rewards
+        self.mean, self.std = float(rewards.mean()), float(rewards.std())
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
@@ -188,17 +188,6 @@ def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values:
                       "explained_variance": float(1 - unexplained)}
 
 
-def describe(rollout: Rollout, cfg: Config) -> dict:
-    """The log's metrics of a rollout's texts."""
-    tokens = sum(int(e.mask.sum()) for e in rollout.examples)
-    found = {"eos_rate": 1 - float(np.mean(rollout.truncated)),
-             "response_tokens": tokens / len(rollout.examples), "tokens": tokens}
-    if cfg.toy:  # for the record alone: training never sees it
-        gold = map(common.gold_reward, rollout.prompts, rollout.texts, rollout.truncated)
-        found["gold"] = float(np.mean(list(gold)))
-    return found
-
-
 def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
     """The next iteration's beta, nearer to what holds KL at --kl_target (Ziegler et al., 2.2)."""
     if cfg.kl_target is None:
@@ -209,15 +198,14 @@ def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
 
 def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
     """The reward model's weights; a new head on the base policy where its tokens are others."""
-    codec = reward_model.padding_codec(base, cfg)
-    load = functools.partial(reward_model.new_classifier, base, codec)
     ours, theirs = (common.Codec(folder, cfg).tokenizer.get_vocab() for folder in (base, rm_folder))
     if ours.items() <= theirs.items():
         load = functools.partial(reward_model.load_classifier, rm_folder, torch.float32)
     else:
         print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
-    model = common.load_for_training(load, cfg)
-    return reward_model.RewardModel(model, common.compute_dtype(cfg))
+        codec = reward_model.padding_codec(base, cfg)
+        load = functools.partial(reward_model.new_classifier, base, codec)
+    return reward_model.RewardModel(common.load_for_training(load, cfg), common.compute_dtype(cfg))
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
@@ -227,12 +215,6 @@ def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[An
               {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
-
-
-def endless(count: int, seed: int) -> Iterator[int]:
-    """0 to count - 1 in a new order each time round."""
-    for turn in itertools.count():
-        yield from np.random.default_rng((seed, turn)).permutation(count).tolist()
 
 
 def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
@@ -293,23 +275,21 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     score, reference = rm.load_scorer(), common.load_policy(base.folder, cfg, True)
     actor = ActorCritic(model, new_critic(base.folder, rm.folder, cfg), samples, cfg)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
-    prompts = common.split_prompts(cfg, held_out=False)
+    prompts, size = common.split_prompts(cfg, held_out=False), cfg.rollout_batch_size
     ids = codec.prompts(prompts)
-    iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
+    iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / size)
+    order = np.concatenate([np.random.default_rng((cfg.seed, turn)).permutation(len(prompts))
+                            for turn in range(math.ceil(iterations * size / len(prompts)))])
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
     beta = {"now": cfg.kl_coef}
-    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {cfg.rollout_batch_size} "
-           f"responses, each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}, over "
-           f"{common.world_size()} rank(s); {str(actor.dtype).removeprefix('torch.')} on "
-           f"{common.device()}")
+    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {size} responses, "
+           f"each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
 
     with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost,
                             beta) as run:
-        learnt_before = run.first * cfg.rollout_batch_size  # by the run that this one resumes
-        order = itertools.islice(endless(len(prompts), cfg.seed), learnt_before, None)
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
-            batch = list(itertools.islice(order, cfg.rollout_batch_size))
+            batch = order[iteration * size:][:size]
             rollout = roll_out(actor, codec, [prompts[i] for i in batch], [ids[i] for i in batch],
                                cfg, seed, cost)
             clock.append(time.perf_counter())
@@ -331,13 +311,18 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
             passes = replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed % 2**32)
             update_metrics = update(policy, actor, optimizer, schedule, examples, passes, cost)
             clock.append(time.perf_counter())
-            phases = dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), np.diff(clock)))
-            text_metrics, kl_coef = describe(rollout, cfg), beta["now"]
+
+            seconds, tokens = np.diff(clock), sum(int(e.mask.sum()) for e in examples)
+            metrics = {**reward_metrics, **update_metrics, "kl_coef": beta["now"], "tokens": tokens,
+                       "response_tokens": tokens / len(examples),
+                       "eos_rate": 1 - np.mean(rollout.truncated),
+                       "generation_share": seconds[0] / seconds.sum(),
+                       "rollout_tokens_per_second": tokens / seconds[0],
+                       **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds))}
+            if cfg.toy:  # for the record alone: training never sees it
+                metrics["gold"] = np.mean(list(map(common.gold_reward, *rollout[:3])))
             beta["now"] = adapted(beta["now"], reward_metrics["kl"], cfg)
-            run.log(iteration, **reward_metrics, **text_metrics, **update_metrics,
-                    kl_coef=kl_coef, **phases,
-                    generation_share=phases["rollout_s"] / (clock[-1] - clock[0]),
-                    rollout_tokens_per_second=text_metrics["tokens"] / phases["rollout_s"])
+            run.log(iteration, **metrics)
     common.save_policy(folder, policy, codec, cfg)
 
 
@@ -355,8 +340,8 @@ def main(cfg: Config) -> None:
                                 "samples", scorer=rm.fingerprint)
     variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target
                                                         else ""))]
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg),
-                    needs=("reward_model",))
+    samples.costs = {"reward_model": rm.cost}  # PPO needs no more of what the samples took
+    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import itertools
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def prepare(rankings: list[Ranking], codec: common.Codec, folder: Path) -> commo
     """Ranked responses -> the ids of each after its prompt, ranking by ranking, best first."""
     rows = [(ranking.prompt, text) for ranking in rankings for text in ranking.responses]
 
-    def sequences() -> Any:
+    def sequences() -> Iterator[tuple]:
         for start in common.progress(range(0, len(rows), 4096), "tokenising"):
             yield from codec.pairs(*zip(*rows[start:start + 4096]), whole=True)
         codec.say_cuts()
@@ -107,20 +107,18 @@ def collate(groups: list[list[np.ndarray]], share: float, padding: Optional[int]
         weight += [share / len(own)] * len(own)
         start += len(rows)
     better, worse = torch.tensor(pairs, device=common.device()).T
-    return Pairs(*packed([row for rows in groups for row in rows], padding), better, worse,
+    return Pairs(*packed(list(itertools.chain(*groups)), padding), better, worse,
                  torch.tensor(weight, device=common.device()))
 
 
 def micro_batches(tokens: common.Tokens, spans: list[range], padding: Optional[int],
                   cfg: Config) -> list[Pairs]:
     """This rank's micro-batches of a step over rankings; a prompt's responses stay together."""
-    share = common.world_size() / len(spans)  # DDP averages gradients over ranks
     lengths = [len(span) * int(tokens.lengths[span].max()) for span in spans]
-    local = common.group_by_token_budget(lengths, cfg.forward_tokens, over_ranks=True)
-
-    def read(which: list[int]) -> list[list[np.ndarray]]:
-        return [[tokens[r][0] for r in spans[i]] for i in which]
-    return [collate(read(which or [0]), share if which else 0.0, padding) for which in local]
+    share = common.world_size() / len(spans)  # DDP averages gradients over ranks
+    return [collate([[tokens[row][0] for row in spans[i]] for i in which or [0]],
+                    share if which else 0.0, padding)
+            for which in common.group_by_token_budget(lengths, cfg.forward_tokens, over_ranks=True)]
 
 
 def train(cfg: Config, base: Stage, folder: Path, cost: Cost) -> Callable:
@@ -167,8 +165,8 @@ def train(cfg: Config, base: Stage, folder: Path, cost: Cost) -> Callable:
 
 CARD = """# A Bradley-Terry reward model
 
-Trained from `{base}` on the ranked responses to {prompts} prompts. A response to a text prompt is
-scored at EOS, one to chat messages at the last token that the chat template writes:
+Trained from `{base}` on the ranked responses to {prompts} prompts. A response is scored at EOS, or
+at the last token that the chat template writes:
 
 ```python
 import torch
@@ -198,11 +196,15 @@ def padding_codec(folder: str, cfg: common.Config) -> common.Codec:
 
 def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
     """The base policy's body under a new head, with room for the tokenizer's padding token."""
-    kind = "AutoModelForSequenceClassification"
-    require_classifier(base)
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+    with common.load_errors(base, "a causal language model"):
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    common.require(type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+                   f"{base}: transformers has no sequence classifier for {config.model_type}, so "
+                   "no reward model can be trained from it; give --reward_model, of any family, or "
+                   "labelled --samples")
     heads = ("score.", "lm_head.", "embed_out.", "output_projection.")
-    model = common.load_model(base, where=where, kind=kind, heads=heads, num_labels=1)
-    common.require(hasattr(model, "score"), f"{base}: its sequence classifier has no `score` head")
+    model = load_classifier(base, torch.float32, where, num_labels=1, heads=heads)
     if len(codec.tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(codec.tokenizer), mean_resizing=False)
     for config in (model.config, model.config.get_text_config()):  # the latter nested, in some
@@ -211,20 +213,9 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
     return model
 
 
-def require_classifier(base: str) -> None:
-    """Raises BadInput where transformers has no sequence classifier of the base's architecture."""
-    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
-    with common.load_errors(base, "a causal language model"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    common.require(type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-                   f"{base}: transformers has no sequence classifier for {config.model_type}, so "
-                   "no reward model can be trained from it; give --reward_model, of any family, or "
-                   "labelled --samples")
-
-
-def load_classifier(folder: str, dtype: torch.dtype, where: torch.device) -> Any:
+def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more: Any) -> Any:
     """A reward model's folder.  Raises BadInput if it is none."""
-    model = common.load_model(folder, dtype, where, "AutoModelForSequenceClassification")
+    model = common.load_model(folder, dtype, where, "AutoModelForSequenceClassification", **more)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs a sequence classifier with "
                    "num_labels=1 and a `score` head")
@@ -236,72 +227,56 @@ def score(model: RewardModel, codec: common.Codec, cfg: common.Config, prompts: 
           responses: list[str], truncated: list[bool], cost: Cost) -> list[float]:
     """Raw scores, in the rows' order on every rank; a row's does not depend on its batch."""
     rows = [ids for ids, _ in codec.pairs(prompts, responses, truncated, whole=True)]
-    share = range(common.rank(), len(rows), common.world_size())
+    padding, found = model.model.config.get_text_config().pad_token_id, {}
     budget = common.FORWARD_ONLY * cfg.forward_tokens
-    found: dict[int, float] = {}
-    groups = common.group_by_token_budget([len(rows[i]) for i in share], budget)
+    groups = common.shard_micro_batches([len(row) for row in rows], budget)
     for group in common.progress(groups, "scoring"):
-        ids, lengths, last = packed([rows[share[i]] for i in group],
-                                    model.model.config.get_text_config().pad_token_id)
+        ids, lengths, last = packed([rows[i] for i in group or [0]], padding)  # ranks keep in step
         cost.add_forward(model.model, len(ids), sum(n * n for n in lengths), 0)
-        found.update(zip((share[i] for i in group), model(ids, lengths, last).tolist()))
+        found.update(zip(group, model(ids, lengths, last).tolist()))
     return common.gather_by_index(found, len(rows))
 
 
 def load_scorer(cfg: common.Config, folder: str) -> Callable:
-    """Loads a reward model: score(prompts, responses, truncated, cost)."""
+    """Loads a reward model, sharded where training is: score(prompts, responses, truncated, cost).
+    """
     dtype, codec = common.compute_dtype(cfg), common.Codec(folder, cfg)
-    model = load_classifier(folder, dtype, common.device())
-    return functools.partial(score, RewardModel(model, dtype), codec, cfg)
+    if common.is_sharded(cfg):
+        load = functools.partial(load_classifier, folder, torch.float32)
+        model = common.load_for_training(load, cfg).requires_grad_(False)
+        rm = common.wrap_for_ranks(RewardModel(model, dtype), cfg)
+    else:
+        rm = RewardModel(load_classifier(folder, dtype, common.device()), dtype)
+    return functools.partial(score, rm, codec, cfg)
 
 
 def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
-    """Accuracy on held-out preferences: overall, by margin against what sigma(margin) promises, and
-    of length alone.  Each prompt counts alike, however many pairs it has."""
+    """Accuracy on held-out preferences, and that of length alone; each prompt counts alike."""
     rows = [(ranking.prompt, text, False) for ranking in rankings for text in ranking.responses]
     scores = iter(load_scorer(cfg, folder)(*map(list, zip(*rows)), Cost()))
-    margins, longer, weight, by_prompt = [], [], [], []
+    by_prompt, pairs = [], 0
     for ranking in rankings:
-        pairs = list(itertools.combinations([(next(scores), len(t)) for t in ranking.responses], 2))
-        own = [better - worse for (better, _), (worse, _) in pairs]
-        margins += own
-        by_prompt.append(np.mean(wins(own)))
-        longer += [better - worse for (_, better), (_, worse) in pairs]
-        weight += [1 / len(pairs)] * len(pairs)
-    margin, right, weight = np.abs(margins), wins(margins), np.array(weight)
-    accuracy, longer = float(np.mean(by_prompt)), float(np.average(wins(longer), weights=weight))
-    error = float(np.std(by_prompt)) / math.sqrt(len(by_prompt))
-    print0(f"  held-out pairs: {len(margin)} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± "
+        read = [(next(scores), len(text)) for text in ranking.responses]
+        gaps = [np.subtract(*pair) for pair in itertools.combinations(read, 2)]
+        by_prompt.append(np.mean(np.sign(gaps) / 2 + 0.5, axis=0))  # a tie is half right
+        pairs += len(gaps)
+    accuracy, longer = np.mean(by_prompt, axis=0).tolist()
+    error = float(np.std(by_prompt, axis=0)[0]) / math.sqrt(len(by_prompt))
+    print0(f"  held-out pairs: {pairs} of {len(rankings)} prompts, accuracy {accuracy:.3f} ± "
            f"{error:.3f}; control: {'longer' if longer >= 0.5 else 'shorter'} wins "
            f"{max(longer, 1 - longer):.3f}")
     if accuracy - 2 * error <= 0.5:
         print0("  warning: not clearly better than chance; give it more pairs, more --epochs or a "
                "higher --lr (a model of 100M weights needs about 1e-4)")
-    bins = []
-    for low, high in zip((0, 0.5, 1, 2, 4), (0.5, 1, 2, 4, math.inf)):
-        inside = (low <= margin) & (margin < high)
-        if inside.any():
-            promised = 1 / (1 + np.exp(-margin[inside]))
-            bins.append({"margin": [low, high if high < math.inf else None],
-                         "pairs": int(inside.sum()),
-                         "accuracy": float(np.average(right[inside], weights=weight[inside])),
-                         "promised": float(np.average(promised, weights=weight[inside]))})
-            print0("    margin {} to {}: {pairs:5} pairs, accuracy {accuracy:.2f}, promised "
-                   "{promised:.2f}".format(low, high, **bins[-1]))
-    return {"held_out_pairs": len(margin), "held_out_prompts": len(rankings), "accuracy": accuracy,
-            "error": error, "longer_wins": longer, "by_margin": bins}
+    return {"held_out_pairs": pairs, "held_out_prompts": len(rankings), "accuracy": accuracy,
+            "error": error, "longer_wins": longer}
 
 
-def wins(differences: list) -> np.ndarray:
-    """1 where a difference is above 0, 1/2 where it is 0, else 0."""
-    return np.sign(differences) / 2 + 0.5
-
-
-def for_run(cfg: common.Config, base: Stage, own: Optional[Config] = None) -> Optional[Stage]:
+def for_run(cfg: common.Config, base: Stage) -> Optional[Stage]:
     """The reward model: --reward_model's, or the run's own, trained unless an equal one is there.
 
-    None where --samples brings the rewards and there are no preferences to train one on.
-    `own` holds the training flags asked for; without it those the folder was trained with are kept.
+    None where --samples brings the rewards and there are no preferences to train one on.  Its
+    training flags are reward_model.py's, of this launch or of the one that trained it.
     """
     if cfg.reward_model:
         folder = cfg.reward_model
@@ -312,7 +287,7 @@ def for_run(cfg: common.Config, base: Stage, own: Optional[Config] = None) -> Op
         print0("no reward model: --samples brings the rewards, and evaluation shows none")
         return None
     before = common.read_record(Path(cfg.out) / "rm" / "run.json").get("settings", {})
-    own = own or for_other_script(cfg, before)
+    own = cfg if isinstance(cfg, Config) else for_other_script(cfg, before)
     wanted = {**common.settings(cfg, "data"), **common.settings(own, "training"),
               "base": base.fingerprint}
     stage = common.build_stage(own, "rm", wanted, functools.partial(train, own, base))
@@ -334,12 +309,9 @@ def judge(cfg: common.Config) -> Optional[Callable]:
 
 def main(cfg: Config) -> None:
     """Trains the run's reward model with the flags asked for."""
-    common.require(not cfg.reward_model,
-                   "--reward_model brings a finished one; leave it away to train")
-    common.require(cfg.toy or cfg.preferences, "a reward model is trained on --preferences")
-    rm = for_run(cfg, common.base_policy(cfg), own=cfg)
-    accuracy = common.read_record(Path(rm.folder) / "run.json")["report"]["accuracy"]
-    print0(f"  accuracy on held-out pairs {accuracy:.3f}")
+    common.require((cfg.toy or cfg.preferences) and not cfg.reward_model,
+                   "a reward model is trained on --preferences, and without --reward_model")
+    for_run(cfg, common.base_policy(cfg))
 
 
 if __name__ == "__main__":

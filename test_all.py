@@ -1337,8 +1337,8 @@ def test_ranked_responses_are_preferences_best_first(tmp_path):
     assert {r.prompt: list(r.responses) for r in train + held_out} == {
         row["prompt"]: row["ranked"] for row in rows}
     hidden = {common.prompt_hash(r.prompt) for r in held_out}
-    labelled = common.rows_to_label(config(**flags, sources="dataset"), hidden)
-    assert len(labelled) == sum(len(r.responses) for r in train)
+    labelled, asked = common.rows_to_label(config(**flags, sources="dataset"), hidden)
+    assert not asked and len(labelled) == sum(len(r.responses) for r in train)
     assert all((row.source == "chosen") == (row.response == "best") for row in labelled)
 
 
@@ -1368,8 +1368,7 @@ def test_rows_in_are_rows_out(run):
     assert sum(r.source == "rejected" for r in rows) == len(train) == 4000
     prompts = {r.prompt for r in train}
     assert sum(r.source == "generated" for r in rows) == len(prompts)  # one a prompt
-    record = json.loads((run[0] / "samples.json").read_text())
-    assert record["bytes"] == (run[0] / "samples.jsonl").stat().st_size
+    assert not list(run[0].glob(".samples*"))
 
 
 def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
@@ -1393,8 +1392,8 @@ def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
         return (tmp_path / name / "samples.jsonl").read_bytes()
     with pytest.raises(KeyboardInterrupt):
         label("killed")
-    with open(tmp_path / "killed" / ".samples.part.jsonl", "a") as file:
-        file.write('{"prompt": "half a li')
+    parts, = (tmp_path / "killed").glob(".samples.*")
+    (parts / ".000000000012.new").write_text('{"rows": [{"prompt": "half a li')
     assert not (tmp_path / "killed" / "samples.jsonl").exists()
     done, die_at[0] = len(calls) - 1, None
     calls.clear()
@@ -1429,12 +1428,15 @@ def test_given_samples_are_never_trained_on_with_held_out_prompts(run, tmp_path,
     path = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}", "reward": i}
                                          for i in range(60)))
     base = str(run[0] / "base")
-    cfg = config(model=base, samples=path, held_out=0.3, out=str(tmp_path / "run"))
+    cfg = config(model=base, samples=path, held_out=0.3, out=str(tmp_path / "run"),
+                 sources="dataset", samples_per_prompt=1)
     samples = common.labelled_samples(cfg, common.Stage(base, "base", Cost()), None)
     held_out = {common.prompt_hash(p) for p in common.split_prompts(cfg, held_out=True)}
     assert not set(samples.prompts.tolist()) & held_out
     assert len(samples.prompts) + len(held_out) == 60 and len(held_out) > 5
-    assert f"left out: {len(held_out)} with held-out prompts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"left out: {len(held_out)} with held-out prompts" in said
+    assert "--sources and --samples_per_prompt have no effect" in said
 
 
 def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_evaluated(tmp_path):

@@ -15,7 +15,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,12 +96,8 @@ def bytes_a_row(cfg: Config, folder: Path) -> dict:
                                                   max_prompt_tokens=64, max_response_tokens=128))
     read = functools.partial(common.read_samples, fingerprint="", labelled_by=None, costs={})
     seconds, _ = seconds_of(read, str(file), set(), codec, folder / "tokens")
-    tracemalloc.start()
-    with np.load(folder / "tokens" / "labels.npz") as labels:
-        kept = [labels[name] for name in labels.files]
-    kept += [np.load(folder / "tokens" / name) for name in ("offsets.npy", "starts.npy")]
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    held = sum(np.load(folder / "tokens" / f"{name}.npy").nbytes
+               for name in ("labels", "offsets", "starts"))
     on_disk = sum(path.stat().st_size for path in (folder / "tokens").iterdir())
     return {"rows": rows, "file bytes a row": round(file.stat().st_size / rows),
             "tokens bytes a row": round(on_disk / rows), "memory bytes a row": round(held / rows),
