@@ -300,6 +300,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
     prompts = common.split_prompts(cfg, held_out=False)
     ids = codec.prompts(prompts)
+    codec.say_cuts()
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / cfg.rollout_batch_size)
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
     beta = {"now": cfg.kl_coef}
