@@ -706,7 +706,7 @@ class Codec:
             "user", "assistant", "system", "developer", "tool"))
         tail: list[int] = []
         with contextlib.suppress(BadInput):  # a template may refuse two plain turns, or a role
-            *_, (tail, _) = self._pieces([user, reply], reply=False)
+            tail = [ids for ids, _ in self._pieces([user, reply], reply=False)][-1]
         for other in others:
             with contextlib.suppress(BadInput):
                 if 0 not in {i for _, i in self._pieces([other, user], reply=True)}:
@@ -725,8 +725,7 @@ class Codec:
         prompt, BOS, reward tag and response."""
         size, more = len(self.tokenizer), len(self.bos + self.encode([tag])[0])
         need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + more
-        for config in self.configs[-1:]:
-            shape = config.get_text_config()
+        for shape in (c.get_text_config() for c in self.configs if hasattr(c, "get_text_config")):
             rows = getattr(shape, "vocab_size", None) or math.inf
             most = getattr(shape, "max_position_embeddings", None) or math.inf
             require(size <= rows, f"{folder}: the tokenizer has {size:,} tokens and the model "
@@ -759,10 +758,12 @@ class Codec:
 
     def _render(self, messages: list[dict], **more: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(messages, **more)
+            found = self.tokenizer.apply_chat_template(messages, **more)
         except Exception as problem:  # a template is a program, and may fail as one
-            raise BadInput("the tokenizer's chat template refuses a conversation: "
-                           + " ".join(str(problem).split())[:200]) from problem
+            why = " ".join(f"{type(problem).__name__} {problem}".split())[:200]
+            raise BadInput(f"the chat template refuses a conversation: {why}") from problem
+        require(found, "the chat template writes nothing for a conversation")
+        return found
 
     def _pieces(self, messages: list[dict],
                 reply: bool) -> Iterator[tuple[list[int], Optional[int]]]:
@@ -865,10 +866,11 @@ class Codec:
         """A chat's ids up to its last reply, and which are earlier replies or the ends of them."""
         ids, mask, replied, end = [], [], False, self.turn_end
         for piece, i in self._pieces(messages, reply=True):
-            ends = replied * (len(end) if piece[:len(end)] == end else piece[0] in self.stop_ids)
-            replied = i is not None and messages[i]["role"] == "assistant"
-            mask += [replied or n < ends for n in range(len(piece))]
+            ends = len(end) if piece[:len(end)] == end else len({*piece[:1]} & {*self.stop_ids})
+            is_reply = i is not None and messages[i]["role"] == "assistant"
+            mask += [is_reply or replied and n < ends for n in range(len(piece))]
             ids += piece
+            replied = is_reply
         return ids, mask
 
     def sequences(self, samples: list[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -948,7 +950,7 @@ def tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], lis
              for merge in model["merges"]]
     made = [vocabulary[word] for word in words]
     if made != sorted(made):
-        raise ValueError("tiktoken merges by rank, and here ids are not in the merges' order")
+        raise ValueError("ids in another order than merges, as which tiktoken takes them")
     if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
         words += [word for word in vocabulary if all(c in byte for c in word)]
     ranks = {bytes(byte[c] for c in word): vocabulary[word] for word in words}
@@ -1010,7 +1012,7 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
         else:
             skipped.append(part)
     if skipped:
-        print0(f"  {source}: not read: {', '.join(skipped[:9])}{' …' * (len(skipped) > 9)}")
+        print0(f"  {source}: {len(skipped)} files not read: {', '.join(skipped[:9])}")
     require(len(skipped) < len(files), f"{source}: no file in this folder that could be read")
 
 
@@ -1107,7 +1109,7 @@ PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
 SAMPLE_COLUMNS = FIELDS.keys() - {"chosen", "rejected", "ranked"}
 
 
-def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any]:
+def parsed_rows(source: str, columns: set[str], parse: Callable, use: str = "") -> Iterator[Any]:
     """parse(part, row, notes) of each row: these columns of it, read as FIELDS says, without nulls.
     parse() raises LeftOut where a row is no use, and KeyError where a field is missing.
     Says at the end how many rows were used, and what was not read."""
@@ -1138,7 +1140,7 @@ def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any
             left[str(why)] += 1
         else:
             yield found
-    said = [f"{total - sum(left.values()):,} of {total:,} rows used"]
+    said = [f"{total - sum(left.values()):,} of {total:,} rows used{use}"]
     if left:
         said.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
     said += [f"{count:,} {what}" for what, count in notes.items() if count]
@@ -1204,7 +1206,7 @@ TURN = "\n\nAssistant:"  # the reply's start in a transcript as HH has it
 def side_of(row: dict, name: str) -> tuple[Any, str]:
     """One side of a preference as (prompt, response).  Raises LeftOut if it ends with the human.
     Without a `prompt` it must be a whole conversation."""
-    given = prompt_of(row)[0] if row.keys() & PROMPT_COLUMNS else None
+    given = prompt_of(row)[0] if row.keys() & {*PROMPT_COLUMNS, "messages"} else None
     side = row[name]
     if isinstance(side, str):
         whole = side.startswith("\n\nHuman:") and TURN in side
@@ -1219,8 +1221,8 @@ def side_of(row: dict, name: str) -> tuple[Any, str]:
     *before, last = side
     if last["role"] != "assistant":
         raise LeftOut("ending with the human")
-    require(before or given is not None,
-            f"the field {name!r} is a reply to nothing: the field 'prompt' is missing")
+    if not before and given is None:
+        raise KeyError("prompt")
     if before and given is not None:  # the prompt once, which the side repeats
         given = given if isinstance(given, list) else [{"role": "user", "content": given}]
         said = [m["content"].strip() for m in side]
@@ -1306,8 +1308,8 @@ def read_prompts(source: str) -> list:
         if "chosen" not in row:
             return prompt_of(row)[0]
         return side_of({name: row[name] for name in row if name != "messages"}, "chosen")[0]
-    columns = PREFERENCE_COLUMNS | {"messages"}
-    return list({prompt_key(p): p for p in parsed_rows(source, columns, parse)}.values())
+    prompts = parsed_rows(source, PREFERENCE_COLUMNS | {"messages"}, parse, " for their prompts")
+    return list({prompt_key(prompt): prompt for prompt in prompts}.values())
 
 
 def split_prompts(cfg: Config, held_out: bool) -> list:

@@ -1340,11 +1340,12 @@ def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
 def test_samples_stay_on_disk_at_a_few_bytes_a_row(codec, tmp_path):
     """A million samples are memory maps of int32 and bool, and a few numbers a row."""
     rows = [{**GOOD, "prompt": f"p{i}", "response": "x" * 1000, "reward": i} for i in range(2000)]
-    np.savez(tmp_path / "first.npz", [1])  # imports what is not to be counted
+    read = functools.partial(common.read_samples, held_out=set(), codec=codec, fingerprint="x",
+                             folder=tmp_path / "tokens", labelled_by=None, costs={})
+    read(write(tmp_path / "first.jsonl", *rows[:2]))  # imports what is not to be counted
     for path in (write(tmp_path / "s.jsonl", *rows), write(tmp_path / "s.jsonl.gz", *rows)):
         tracemalloc.start()
-        samples = common.read_samples(path, set(), codec, tmp_path / "tokens", fingerprint="x",
-                                      labelled_by=None, costs={})
+        samples = read(path)
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -3008,6 +3009,9 @@ def test_all_assistant_turns_mask_every_reply_and_what_ends_it(tmp_path):
         assert ids.tolist() == whole[:len(ids)]
         (cut, mask), = codec.sequences([Sample(ZOO_CHAT, ZOO_REPLY["content"], truncated=True)])
         assert cut.tolist() == ids.tolist()[:-1] and mask[-1]
+        (empty, mask), = codec.sequences([Sample([ZOO_CHAT[0], {**ZOO_REPLY, "content": ""},
+                                                  ZOO_CHAT[2]], "fish")])
+        assert "".join(tokenizer.convert_ids_to_tokens(empty[mask])) == f"{end}fish{end}"
         assert codec.sequences([Sample("text", "reply")])[0][0].tolist() == \
             codec.pairs(["text"], ["reply"])[0][0].tolist()
 
@@ -3033,6 +3037,17 @@ def test_all_assistant_turns_teach_the_last_reply_after_what_it_is_asked_with(tm
                    for turns in ("last_turn", "all_assistant_turns"))
     assert last == every and "think" not in tokenizer.decode(every)
     assert "think" in tokenizer.apply_chat_template([*ZOO_CHAT, ZOO_REPLY], tokenize=False)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(10**12) %}x{% endfor %}", "{{ 'x' * 10**15 }}", "",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"])
+def test_templates_that_do_not_end_or_write_nothing_are_refused(tmp_path, template):
+    tokenizer = zoo_tokenizer()
+    tokenizer.chat_template = template or "{# #}"
+    codec = Codec(zoo_folder(tmp_path, tokenizer), config())
+    with pytest.raises(BadInput, match="the chat template"):
+        codec.prompts([ZOO_CHAT])
 
 
 def test_messages_that_a_template_leaves_out_are_told(tmp_path, capsys):
@@ -3343,6 +3358,8 @@ ZOO_SAMPLES = [
     (dict(prompt=[U("P")], completion=[A("R")], label=False), ([U("P")], "R", 0.0)),
     (dict(messages=[U("P"), A("Q"), U("O"), A("R")], reward=2),
      ([U("P"), A("Q"), U("O")], "R", 2.0)),
+    (dict(messages=[U("P")], response=[A("R")], reward=2), ([U("P")], "R", 2.0)),
+    (dict(prompt=[U("P")], completion=[U("P"), A("R")], reward=2), ([U("P")], "R", 2.0)),
     (dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "P"},
                          {"from": "gpt", "value": "R"}], reward=2), ([ZOO_S, U("P")], "R", 2.0)),
     (dict(system="S", reward=2, conversations=[{"from": "human", "value": "P"},
