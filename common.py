@@ -616,187 +616,94 @@ class Codec:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.cfg, self.said, self.cuts = cfg, set(), 0
+        self.cfg, self.cuts, self.configs = cfg, Counter(), []
         self.encode = text_encoder(self.tokenizer)
-        self._encode_data = self._rendered if cfg.rendered_text else self.encode
-        self.before, self.before_ids = self._context()
+        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
+        word, line, newline = self.encode(["a", "\na", "\n"])
+        marks = line[:len(newline)] == newline and line[len(newline):] != word
+        self.before, self.before_ids = ("\n", newline) if marks else ("", [])
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
-        self.configs, ends = [], [eos]
         for kind in (GenerationConfig, AutoConfig):
             with contextlib.suppress(OSError, ValueError):
-                config = kind.from_pretrained(folder, trust_remote_code=False)
-                self.configs.append(config)
-                found = getattr(config, "eos_token_id", None)
-                ends += found if isinstance(found, list) else [found]
+                self.configs.append(kind.from_pretrained(folder, trust_remote_code=False))
+        ends = [eos]
+        for config in self.configs:
+            found = getattr(config, "eos_token_id", None)
+            ends += found if isinstance(found, list) else [found]
         self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
         require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
                 "token, so no response could end")
-        self.eos = [self.stop_ids[0] if eos is None else eos]  # ends a response to a text prompt
-        self.turn_end = self.turn_tail = self.eos              # and one to chat messages
+        self.turn_end = self.turn_tail = self.eos = self.stop_ids[:1]
+        self.left_out: set[str] = set()  # roles that the chat template passes over
         if self.tokenizer.chat_template:
-            self._read_turn_end(folder)
+            self._read_template(folder)
         self.check_fits(folder)
+
+    def _read_template(self, folder: str) -> None:
+        """How the chat template ends a turn, what it writes after it, which roles it leaves out."""
+        user, reply, *others = ({"role": role, "content": "a"} for role in (
+            "user", "assistant", "system", "developer", "tool"))
+        tail: list[int] = []
+        with contextlib.suppress(BadInput):  # a template may refuse two plain turns, or a role
+            tail = [ids for ids, _ in self._pieces([user, reply], reply=False)][-1]
+        for other in others:
+            with contextlib.suppress(BadInput):
+                if 0 not in {i for _, i in self._pieces([other, user], reply=True)}:
+                    self.left_out.add(other["role"])
+        special = {*self.stop_ids, *self.tokenizer.added_tokens_decoder}
+        for end in [t for t in tail if t in special][:1]:
+            self.turn_end, self.turn_tail = tail[:tail.index(end) + 1], tail
+            if end not in self.stop_ids:
+                self.stop_ids.append(end)
+                print_once(f"{folder}: its chat template ends a turn with "
+                           f"{self.tokenizer.convert_ids_to_tokens(end)}, which neither tokenizer "
+                           "nor generation_config names as an end: taken as one here")
 
     def check_fits(self, folder: str, tag: str = "") -> None:
         """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
         prompt, BOS, reward tag and response."""
         size, more = len(self.tokenizer), len(self.bos + self.encode([tag])[0])
         need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + more
-        for config in self.configs:
-            shape = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for shape in (c.get_text_config() for c in self.configs if hasattr(c, "get_text_config")):
             rows = getattr(shape, "vocab_size", None) or math.inf
             most = getattr(shape, "max_position_embeddings", None) or math.inf
             require(size <= rows, f"{folder}: the tokenizer has {size:,} tokens and the model "
                     f"{rows:,} embeddings; resize_token_embeddings first")
-            require(need <= most, f"{folder} reads at most {most} tokens, and prompt, response"
-                    f"{', BOS' * bool(self.bos)}{', reward tag' * bool(tag)} may take {need}: "
-                    "lower --max_prompt_tokens or --max_response_tokens")
+            require(need <= most, f"{folder} reads at most {most} tokens, and prompt, response, "
+                    f"BOS and reward tag may take {need}: lower --max_prompt_tokens")
 
-    def _context(self) -> tuple[str, list[int]]:
-        """Text (and its ids) to encode responses after, where a tokenizer marks the first word."""
-        for text in ("", "\n", ":"):
-            ids, word, line, newline = self.encode([text, text + "a", text + "\na", "\n"])
-            unmarked = text or line[len(newline):] == word
-            if unmarked and all(row[:len(ids)] == ids for row in (word, line)):
-                return text, ids
-        return "", []
-
-    def _read_turn_end(self, folder: str) -> None:
-        """What the chat template writes after a reply, and where in it the turn ends."""
-        marked = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
-        try:
-            tail = self.tokenizer.apply_chat_template(marked, tokenize=False).split("\ue001")[-1]
-        except Exception:  # a template that needs more than two plain turns
-            return
-        ids, = self._continue(self._rendered, [tail])
-        special = {*self.stop_ids, *self.tokenizer.added_tokens_decoder}
-        end = next((t for t in ids if t in special), None)
-        if end is None:
-            return
-        self.turn_end, self.turn_tail = ids[:ids.index(end) + 1], ids
-        if end not in self.stop_ids:
-            token = self.tokenizer.convert_ids_to_tokens(end)
-            print_once(f"{folder}: its chat template ends a turn with {token}, which neither its "
-                       "tokenizer nor its generation_config names as an end: taken as one here")
-            self.stop_ids.append(end)
+    def _special(self) -> tuple[str, ...]:
+        return tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
 
     def _rendered(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that a template wrote: special tokens are what they are."""
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def _continue(self, encode: Callable, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that continue others: no word marker at the start that was not written."""
-        whole, n = encode([self.before + text for text in texts]), len(self.before_ids)
-        return [row[n:] if row[:n] == self.before_ids else encode([text])[0]
-                for row, text in zip(whole, texts)]
-
-    def continuations(self, texts: list[str]) -> list[list[int]]:
-        """Ids of responses, or of other texts of the user's that continue a prompt."""
-        self._notice_special(texts)
-        return self._continue(self._encode_data, texts)
-
-    def _special(self) -> tuple[str, ...]:
-        return tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
-
-    def _notice_special(self, texts: list[str]) -> None:
-        """Says once if texts look rendered: they begin or end with the text of a special token."""
-        if self.cfg.rendered_text or "rendered" in self.said:
-            return
+    def _written(self, texts: list[str]) -> list[list[int]]:
+        """Ids of the user's texts, in which the text of a special token is text."""
         special = self._special()
-        count = sum(t.startswith(special) or t.rstrip().endswith(special) for t in texts)
-        if special and count:
-            self.said.add("rendered")
-            print0(f"  {count} of {len(texts)} texts begin or end with a special token's text, read"
-                   " as plain characters; if a chat template wrote it, give --rendered_text")
+        if self.cfg.rendered_text:
+            return self._rendered(texts)
+        if any(t.strip().startswith(special) or t.strip().endswith(special) for t in texts):
+            print_once("texts begin or end with a special token's text, read as plain characters; "
+                       "if a chat template wrote it, give --rendered_text")
+        return self.encode(texts)
 
-    def prompts(self, prompts: list, max_tokens: Optional[int] = None) -> list[list[int]]:
-        """Prompts as ids: text after BOS, chat messages through the template up to the reply.
-        Longer ones are cut to `max_tokens`: text at its start, chat messages lose oldest turns."""
-        most = max_tokens or self.cfg.max_prompt_tokens
-        plain = [p for p in prompts if isinstance(p, str)]
-        self._notice_special(plain)
-        encoded, found, cut = iter(self._encode_data(plain)), [], 0
-        for prompt in prompts:
-            is_text = isinstance(prompt, str)
-            ids = next(encoded) if is_text else self.chat(prompt)
-            if len(ids) > most:
-                cut += 1
-                ids = self._cut_start(ids, most) if is_text else \
-                    self.chat(self._shorten(prompt, most))
-            if is_text and ids[:len(self.bos)] != self.bos:
-                ids = self.bos + ids
-            found.append(ids)
-        if cut and most not in self.said:
-            self.said.add(most)  # PPO encodes prompts at each iteration
-            print0(f"  {cut:,} of {len(prompts):,} prompts are longer than {most} tokens and were "
-                   "cut: text at its start, chat messages by their oldest turns")
-        return found
-
-    def _cut_start(self, ids: list[int], most: int) -> list[int]:
-        """The last tokens, from where a character begins."""
-        ids = ids[-most:]
-        while ids and self.tokenizer.decode(ids).startswith("\ufffd"):
-            ids = ids[1:]
-        return ids
-
-    def cut_end(self, ids: list[int], most: int) -> list[int]:
-        """The first tokens, up to where a character ends."""
-        if len(ids) > most:
-            ids, self.cuts = ids[:most], self.cuts + 1
-            while len(ids) > 1 and self.tokenizer.decode(ids[-8:]).endswith("\ufffd"):
-                ids = ids[:-1]
-        return ids
-
-    def say_cuts(self) -> None:
-        """Says how many responses were cut since the last time."""
-        if self.cuts:
-            print0(f"  {self.cuts:,} responses are longer than {self.cfg.max_response_tokens} "
-                   "tokens and were cut; after them no end is taught")
-        self.cuts = 0
-
-    def _shorten(self, messages: list[dict], most: int) -> list[dict]:
-        """The conversation without its oldest turns; if need be, the last one without its start."""
-        system = [m for m in messages[:1] if m["role"] == "system"]
-        turns = messages[len(system):]
-        while len(turns) > 1 and len(self.chat(system + turns)) > most:
-            turns = turns[2 if len(turns) > 2 and turns[1]["role"] == "assistant" else 1:]
-        while (over := len(self.chat(system + turns)) - most) > 0:
-            content = self.encode([turns[0]["content"]])[0]
-            require(len(content) > over, f"--max_prompt_tokens {most}: too few for the template "
-                    "and the system message of a conversation")
-            shorter = self.tokenizer.decode(self._cut_start(content, len(content) - over))
-            turns = [{**turns[0], "content": shorter}]
-        return system + turns
-
-    def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
-        """Messages through the template, up to the reply if one is to follow; the text of special
-        tokens in a message stays text."""
-        self._notice_left_out(messages, reply)
-        if any(token in m["content"] for token in self._special() for m in messages):
-            return [t for ids, _ in self._pieces(messages, reply) for t in ids]
-        return self._render(messages, add_generation_prompt=reply, return_dict=False)
-
-    def _notice_left_out(self, messages: list[dict], reply: bool) -> None:
-        """Says once if the template passes over messages of a role, as some do with "developer"."""
-        roles = frozenset(m["role"] for m in messages)
-        if roles in self.said:
-            return
-        self.said.add(roles)
-        with contextlib.suppress(BadInput):
-            shown = {i for _, i in self._pieces(messages, reply)}
-            lost = sorted({m["role"] for i, m in enumerate(messages) if i not in shown})
-            if lost:
-                print_once(f"the chat template leaves out messages of {', '.join(lost)}")
+    def continuations(self, texts: list[str], encode: Optional[Callable] = None) -> list[list[int]]:
+        """Ids of responses, or of other texts of the user's that continue a prompt."""
+        encode, n = encode or self._written, len(self.before_ids)
+        return [ids[n:] if ids[:n] == self.before_ids else encode([text])[0]
+                for text, ids in zip(texts, encode([self.before + text for text in texts]))]
 
     def _render(self, messages: list[dict], **more: Any) -> Any:
-        require(self.tokenizer.chat_template is not None,
-                "the data are chat messages, but the tokenizer has no chat template")
         try:
-            return self.tokenizer.apply_chat_template(messages, **more)
+            found = self.tokenizer.apply_chat_template(messages, **more)
         except Exception as problem:  # a template is a program, and may fail as one
-            raise BadInput("the tokenizer's chat template refuses a conversation: "
-                           + " ".join(str(problem).split())[:200]) from problem
+            why = " ".join(f"{type(problem).__name__} {problem}".split())[:200]
+            raise BadInput(f"the chat template refuses a conversation: {why}") from problem
+        require(found, "the chat template writes nothing for a conversation")
+        return found
 
     def _pieces(self, messages: list[dict],
                 reply: bool) -> Iterator[tuple[list[int], Optional[int]]]:
@@ -807,63 +714,116 @@ class Codec:
             if i % 2:
                 yield self.continuations([messages[int(piece)]["content"]])[0], int(piece)
             elif piece:
-                yield self._continue(self._rendered, [piece])[0], None
+                yield self.continuations([piece], self._rendered)[0], None
+
+    def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
+        """Messages through the template, up to the reply if one is to follow; the text of special
+        tokens in a message stays text."""
+        for role in sorted(self.left_out & {m["role"] for m in messages}):
+            print_once(f"the chat template leaves out messages of {role}")
+        if any(token in m["content"] for token in self._special() for m in messages):
+            return [t for ids, _ in self._pieces(messages, reply) for t in ids]
+        return self._render(messages, add_generation_prompt=reply, return_dict=False)
+
+    def _shorten(self, messages: list[dict]) -> list[dict]:
+        """The conversation without its oldest turns; if need be, the last one without its start."""
+        most, start = self.cfg.max_prompt_tokens, int(messages[0]["role"] == "system")
+        system, turns = messages[:start], messages[start:]
+        while (over := len(self.chat(system + turns)) - most) > 0:
+            if len(turns) > 1:
+                turns = turns[2 if len(turns) > 2 and turns[1]["role"] == "assistant" else 1:]
+                continue
+            content = self.encode([turns[0]["content"]])[0]
+            require(len(content) > over, f"--max_prompt_tokens {most}: too few for the template "
+                    "and the system message of a conversation")
+            shorter = self.tokenizer.decode(self._cut_start(content, len(content) - over))
+            turns = [{**turns[0], "content": shorter}]
+        return system + turns
+
+    def _cut_start(self, ids: list[int], most: int) -> list[int]:
+        """The last tokens, from where a character begins."""
+        ids = ids[-most:]
+        while ids and self.tokenizer.decode(ids[:8]).startswith("\ufffd"):
+            ids = ids[1:]
+        return ids
+
+    def cut_end(self, ids: list[int], most: int) -> list[int]:
+        """The first tokens, up to where a character ends."""
+        if len(ids) > most:
+            self.cuts["responses are cut at --max_response_tokens; no end is taught there"] += 1
+            ids = ids[:most]
+            while len(ids) > 1 and self.tokenizer.decode(ids[-8:]).endswith("\ufffd"):
+                ids = ids[:-1]
+        return ids
+
+    def say_cuts(self) -> None:
+        """Says how many prompts and responses were cut since the last time."""
+        for what, count in self.cuts.items():
+            print0(f"  {count:,} {what}")
+        self.cuts.clear()
+
+    def prompts(self, prompts: list) -> list[list[int]]:
+        """Prompts as ids: text after BOS, chat messages through the template up to the reply.
+        Longer ones are cut: text at its start, chat messages lose their oldest turns."""
+        most, found = self.cfg.max_prompt_tokens, []
+        texts = iter(self._written([p for p in prompts if isinstance(p, str)]))
+        for prompt in prompts:
+            is_text = isinstance(prompt, str)
+            ids = next(texts) if is_text else self.chat(prompt)
+            if len(ids) > most:
+                self.cuts["prompts are cut to --max_prompt_tokens: text at its start, chat "
+                          "messages by their oldest turns"] += 1
+                ids = self._cut_start(ids, most) if is_text else self.chat(self._shorten(prompt))
+            if is_text and ids[:len(self.bos)] != self.bos:
+                ids = self.bos + ids
+            found.append(ids)
+        return found
 
     def pairs(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
               whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (T,), response mask (T,)) of prompt and response, which ends as a turn does if it
         is neither cut off nor too long.  `whole`: chats as rendered, for reward models."""
-        found = []
+        found, every = [], self.cfg.train_on == "all_assistant_turns" and not whole
         for prompt, response, before, ids, cut in zip(
                 prompts, responses, self.prompts(prompts), self.continuations(responses),
                 truncated or itertools.repeat(False)):
-            is_chat = not isinstance(prompt, str)
+            is_chat, learnt = not isinstance(prompt, str), False
+            if is_chat and every:
+                before, learnt = self._every_turn(self._shorten(prompt))
             end = self.eos if not is_chat else self.turn_tail if whole else self.turn_end
             if cut or self.cfg.rendered_text and ids and ids[-1] in self.stop_ids:
                 end = []
-            after = self.cut_end(ids + end, self.cfg.max_response_tokens)
-            row = before + after
-            if whole and is_chat and end and after[len(ids):] == end:
-                row = self.chat([*self._shorten(prompt, self.cfg.max_prompt_tokens),
-                                 {"role": "assistant", "content": response}], reply=False)
-            found.append((np.array(row, dtype=np.int32), np.arange(len(row)) >= len(before)))
+            row = before + self.cut_end(ids + end, self.cfg.max_response_tokens)
+            if whole and is_chat and end and row[len(before + ids):] == end:
+                reply = {"role": "assistant", "content": response}
+                row = self.chat([*self._shorten(prompt), reply], reply=False)
+            mask = np.arange(len(row)) >= len(before)
+            mask[:len(before)] = learnt
+            found.append((np.array(row, dtype=np.int32), mask))
         return found
 
-    def sequences(self, samples: list[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, response mask) of samples, as --train_on says."""
-        if self.cfg.train_on == "last_turn":
-            return self.pairs([s.prompt for s in samples], [s.response for s in samples],
-                              [s.truncated for s in samples])
-        return [self.pairs([s.prompt], [s.response], [s.truncated])[0] if isinstance(s.prompt, str)
-                else self.all_turns(s) for s in samples]
-
-    def all_turns(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """pairs() of a chat, with every assistant turn of the conversation in the mask."""
-        kept, end = self._shorten(sample.prompt, self.cfg.max_prompt_tokens), self.turn_end
-        if kept != sample.prompt:
-            print_once(f"conversations longer than {self.cfg.max_prompt_tokens} tokens before the "
-                       "last turn lose their oldest turns")
-        ids, mask, ours = [], [], False
-        for piece, message in self._pieces(kept, reply=True):
-            learnt = 0  # tokens of the piece that end the assistant's turn before it
-            if ours and piece[:len(end)] == end:
-                learnt = len(end)
-            elif ours and piece:
-                learnt = int(piece[0] in self.stop_ids)
-            ours = message is not None and kept[message]["role"] == "assistant"
-            mask += [ours or i < learnt for i in range(len(piece))]
+    def _every_turn(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """A chat's ids up to its last reply, and which are earlier replies or the ends of them."""
+        ids, mask, replied, end = [], [], False, self.turn_end
+        for piece, i in self._pieces(messages, reply=True):
+            ends = len(end) if piece[:len(end)] == end else len({*piece[:1]} & {*self.stop_ids})
+            is_reply = i is not None and messages[i]["role"] == "assistant"
+            mask += [is_reply or replied and n < ends for n in range(len(piece))]
             ids += piece
-        last = self.continuations([sample.response])[0] + end * (not sample.truncated)
-        last = self.cut_end(last, self.cfg.max_response_tokens)
-        return np.array(ids + last, dtype=np.int32), np.array(mask + [True] * len(last))
+            replied = is_reply
+        return ids, mask
+
+    def sequences(self, samples: list[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """pairs() of samples."""
+        return self.pairs([s.prompt for s in samples], [s.response for s in samples],
+                          [s.truncated for s in samples])
 
     def decode(self, response: Response) -> str:
         """A sampled response's text, without what ended it."""
         ids, end = response.ids, self.turn_end
         if not response.truncated:
             ids = ids[:-len(end)] if ids[-len(end):] == end else ids[:-1]
-        text = self.tokenizer.decode(self.before_ids + ids)
-        start = self.tokenizer.decode(self.before_ids)
+        text, start = map(self.tokenizer.decode, (self.before_ids + ids, self.before_ids))
         return text[len(start):] if text.startswith(start) else self.tokenizer.decode(ids)
 
 
@@ -925,40 +885,29 @@ def tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], lis
             raise ValueError("another pre-tokenizer")
     if spec["normalizer"] not in (None, {"type": "NFC"}):
         raise ValueError("another normalizer")
-    character = bytes_to_unicode()
-    byte = {c: b for b, c in character.items()}
-    words = [character[b] for b in range(256)]
-    words += ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
-              for merge in model["merges"]]
-    merged = len(set(words))
+    byte, vocabulary = {c: b for b, c in bytes_to_unicode().items()}, model["vocab"]
+    words = ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+             for merge in model["merges"]]
+    made = [vocabulary[word] for word in words]
+    if made != sorted(made):
+        raise ValueError("ids in another order than merges, as which tiktoken takes them")
     if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
-        words += [word for word in model["vocab"] if all(c in byte for c in word)]
-    words = list(dict.fromkeys(words))  # tiktoken merges by rank: the order of the merges
-    ranks = {bytes(byte[c] for c in word): rank for rank, word in enumerate(words)}
-    ids = [model["vocab"].get(word) for word in words]
+        words += [word for word in vocabulary if all(c in byte for c in word)]
+    ranks = {bytes(byte[c] for c in word): vocabulary[word] for word in words}
+    ranks |= {bytes([b]): vocabulary.get(c, 2**31 + b) for c, b in byte.items()}
+    known = {*made, *(vocabulary.get(c) for c in byte)}
     fast = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
 
     def encode(texts: list[str]) -> list[list[int]]:
         found = [fast.encode_ordinary(normal(text)) for text in texts]
-        return [own([text])[0] if any(t >= merged or ids[t] is None for t in row)
-                else [ids[t] for t in row] for text, row in zip(texts, found)]
+        return [row if known.issuperset(row) else own([text])[0] for text, row in zip(texts, found)]
     return encode
 
 
 # ------------------------------------------------------------------------------------------- data
 # Rows of other tools' shapes become (prompt, response, reward) or (prompt, ranked responses).
 # Rows in = rows used + rows left out, by reason, said in one line.
-
-TURN = "\n\nAssistant:"  # the reply's start in a transcript as HH has it
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         **{role: role for role in ("system", "developer", "user", "assistant", "tool")}}
-PROMPT_COLUMNS = {"prompt", "instruction", "input", "system", "conversations"}
-PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
-SAMPLE_COLUMNS = PROMPT_COLUMNS | {"messages", "response", "completion", "output", "reward",
-                                   "label", "weight", "truncated", "source"}
-DATASETS_OWN = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-UNREADABLE = ("history", "tools", "functions", "tool_calls", "image", "images", "audio", "video")
 
 
 class Ranking(NamedTuple):
@@ -977,6 +926,10 @@ class Sample(NamedTuple):
     weight: float = math.nan
 
 
+class LeftOut(Exception):
+    """Why a row is left out and counted."""
+
+
 def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
     """(file or split, "file, line 7", row) of a file, a folder or a Hub data set: .jsonl and
     .jsonl.gz are read here, all else by `datasets`, an optional package."""
@@ -985,26 +938,22 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
         require(hub and path.suffix.lower() not in (*others, ".jsonl", ".ndjson", ".gz"),
                 f"{source}: no such file, folder or Hub data set")
-        yield from read_with_datasets(source, hub[1], data_dir=hub[2])
+        yield from read_with_datasets(source, "", hub[1], data_dir=hub[2])
         return
     require(path.is_file() or path.is_dir(), f"{source}: a pipe or device; give a regular file")
     root, files = (path, visible_files(path)) if path.is_dir() else (path.parent, [path])
     skipped = []
     for file in files:
         part, ending = str(file.relative_to(root)), file.suffix.lower()
-        if ending in others and file.name not in DATASETS_OWN:
-            text = {"keep_default_na": False, "na_values": [""]} if ending == ".csv" else {}
-            for _, place, row in read_with_datasets(  # a reply in a .csv may be "None"
-                    str(file), ending[1:], data_files=str(file), **text):
-                yield part, place, row
+        if ending in others and not re.match("(dataset_(info|infos|dict)|state).json", file.name):
+            yield from read_with_datasets(str(file), part, ending[1:], data_files=str(file))
         elif file == path or re.search(r"\.(jsonl|ndjson|jsonl?\.gz)$", file.name.lower()):
-            yield from ((part, place, row) for place, row in read_jsonl(file))
+            yield from ((part, *row) for row in read_jsonl(file))
         else:
             skipped.append(part)
     if skipped:
-        print0(f"  {source}: not read: {', '.join(skipped[:9])}{' …' * (len(skipped) > 9)}")
-    require(len(skipped) < len(files),
-            f"{source}: no .jsonl, .json, .parquet or .csv file in this folder")
+        print0(f"  {source}: {len(skipped)} files not read: {', '.join(skipped[:9])}")
+    require(len(skipped) < len(files), f"{source}: no file in this folder that could be read")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -1015,61 +964,123 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object but a "
-                        f"{type(row).__name__}")
+                row = json.loads(line.decode("utf-8-sig"))
+                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
                 if b"\\u" in line:
                     json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
                 yield f"{path}, line {number}", row
-    except UnicodeError as problem:
-        raise BadInput(f"{path}, line {number}: not UTF-8 ({problem.reason})") from problem
-    except (ValueError, RecursionError) as problem:
-        raise BadInput(f"{path}, line {number}: not JSON ({problem})") from problem
-    except (EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise BadInput(f"{path}, after line {number}: the gzip file is broken "
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
+        raise BadInput(f"{path}, line {number} or what follows: broken, or not JSON in UTF-8 "
                        f"({problem})") from problem
 
 
-def read_with_datasets(source: str, kind: str, **more: Any) -> Iterator[tuple[str, str, dict]]:
-    """(split, place, row) of what the `datasets` package reads."""
+def read_with_datasets(source: str, part: str, kind: str,
+                       **more: Any) -> Iterator[tuple[str, str, dict]]:
+    """(part, or else the split, place, row) of what the `datasets` package reads."""
     try:
         import datasets
     except ImportError as problem:
         raise BadInput(f"{source}: needs the datasets package: pip install datasets") from problem
+    if kind == "csv":
+        more |= {"keep_default_na": False, "na_values": [""]}  # a reply may be "None"
     try:
         for split, rows in datasets.load_dataset(kind, **more).items():
             for number, row in enumerate(rows, 1):
-                yield split, f"{source}, {split} row {number}", row
+                yield part or split, f"{source}, {split} row {number}", row
     except Exception as problem:  # of datasets, pyarrow, pandas, fsspec and the Hub's client
         why = " ".join(str(problem.__cause__ or problem).split())[:200]
         raise BadInput(f"{source}: datasets cannot read it ({why})") from problem
 
 
-def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any]:
-    """parse(part, place, row, notes) of each row; a text is the reason why the row is left out.
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+         **{role: role for role in ("system", "developer", "user", "assistant", "tool")}}
+UNREADABLE = ("history", "tools", "functions", "tool_calls", "image", "images", "audio", "video")
+RESPONSES = ("response", "completion", "output")
+THOUGHTS = ("function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def messages_of(value: Any) -> Optional[list[dict]]:
+    """Chat messages, or one, as {"role", "content"}, from ShareGPT's names and text parts too; None
+    if there is more to them than text."""
+    found = []
+    for m in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
+        m = {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else {}
+        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
+        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
+                                             and isinstance(p.get("text"), str) for p in content):
+            content = "".join(p["text"] for p in content)
+        unlearnt = m.get("weight") == 0 or m.get("train") is False
+        if (not isinstance(content, str) or str(role) not in ROLES or unlearnt
+                or any(map(m.get, UNREADABLE + THOUGHTS))):
+            return None
+        found.append({"role": ROLES[role], "content": content})
+    return found or None
+
+
+def number_of(value: Any, least: float = -1e300) -> Optional[float]:
+    """A finite number, also where it is written as text; else None."""
+    try:
+        number = float(str(value))  # not of True; of an integer beyond all floats infinity
+    except ValueError:
+        return None
+    return number if least <= number < 1e300 else None
+
+
+# The fields that are read: as what, None where that fails, and how it is called.
+TEXT = (lambda value: value if isinstance(value, str) else None), "text"
+MESSAGES = messages_of, ('a list of {"role", "content"} messages of text; tool calls, thoughts, '
+                         'images and turns without weight are not read')
+EITHER = (lambda v: v if isinstance(v, str) else messages_of(v)), f"text or {MESSAGES[1]}"
+TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
+FIELDS = {
+    **dict.fromkeys(("prompt", "input", "chosen", "rejected"), EITHER),
+    **dict.fromkeys(RESPONSES, EITHER),
+    **dict.fromkeys(("messages", "conversations"), MESSAGES),
+    **dict.fromkeys(("instruction", "system"), TEXT),
+    "ranked": (lambda v: v if isinstance(v, list) and len(v) > 1 and all(
+        isinstance(text, str) for text in v) else None, "a list of two texts or more, best first"),
+    "reward": (number_of, "a finite number"),
+    "label": (lambda v: number_of(int(v) if isinstance(v, bool) else v), "a finite number"),
+    "weight": (functools.partial(number_of, least=0), "a finite number not below 0"),
+    "truncated": (lambda v: TRUTHS.get(str(v).lower()), "true or false"),
+    "source": (str, "text")}
+PROMPT_COLUMNS = {"prompt", "instruction", "input", "system", "conversations"}
+PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
+SAMPLE_COLUMNS = FIELDS.keys() - {"chosen", "rejected", "ranked"}
+
+
+def parsed_rows(source: str, columns: set[str], parse: Callable, use: str = "") -> Iterator[Any]:
+    """parse(part, row, notes) of each row: these columns of it, read as FIELDS says, without nulls.
+    parse() raises LeftOut where a row is no use, and KeyError where a field is missing.
     Says at the end how many rows were used, and what was not read."""
-    asks, unread, left, notes = {"prompt", "instruction"}, set(), Counter(), Counter()
-    total = 0
+    total, left, notes, unread = 0, Counter(), Counter(), set()
     for part, place, given in read_source(source):
         total += 1
         unread |= given.keys() - columns
-        row = {name: value for name, value in given.items() if value is not None}
-        null = (given.keys() - row.keys()) & columns
-        for name in UNREADABLE:
-            require(not row.get(name), f"{place}: the field {name!r} bears on the text and cannot "
-                    "be read here")
+        row = {}
         try:
-            found = "with a null field" if asks & null and not asks & row.keys() else \
-                parse(part, place, row, notes)
+            for name, value in given.items():
+                require(name not in UNREADABLE or not value,
+                        f"the field {name!r} bears on the text and cannot be read here")
+                if name in columns and value is not None:
+                    read, what = FIELDS[name]
+                    row[name] = read(value)
+                    require(row[name] is not None,
+                            f"the field {name!r} must be {what}, found {value!r:.50}")
+            if given.get("prompt", "") is None and "instruction" not in row:
+                raise LeftOut("with a null field")
+            found = parse(part, row, notes)
         except BadInput as problem:
-            if not null or "is missing" not in str(problem):
-                raise
-            found = "with a null field"
-        if isinstance(found, str):
-            left[found] += 1
+            raise BadInput(f"{place}: {problem}") from problem
+        except KeyError as missing:
+            require(any(given.get(name, "") is None for name in columns),
+                    f"{place}: the field {missing} is missing")
+            left["with a null field"] += 1
+        except LeftOut as why:
+            left[str(why)] += 1
         else:
             yield found
-    said = [f"{total - sum(left.values()):,} of {total:,} rows used"]
+    said = [f"{total - sum(left.values()):,} of {total:,} rows used{use}"]
     if left:
         said.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
     said += [f"{count:,} {what}" for what, count in notes.items() if count]
@@ -1078,209 +1089,133 @@ def parsed_rows(source: str, columns: set[str], parse: Callable) -> Iterator[Any
     print0(f"  {source}: {'; '.join(said)}")
 
 
-def text_of(place: str, row: dict, name: str, kinds: tuple = (str,), what: str = "text") -> Any:
-    """row[name], of one of these kinds.  Raises BadInput naming file, line and field."""
-    require(name in row, f"{place}: the field {name!r} is missing")
-    require(isinstance(row[name], kinds),
-            f"{place}: the field {name!r} must be {what}, found {type(row[name]).__name__}")
-    return row[name]
+def name_in(row: dict, *names: str) -> str:
+    """The one of a field's names that the row has, or else the first.  Raises BadInput for two."""
+    found = [name for name in names if row.get(name, "") != ""] or [*names[:1]]
+    require(len(found) == 1,
+            f"the fields {found[0]!r} and {found[-1]!r} stand side by side; give one")
+    return found[0]
 
 
-def number_of(place: str, row: dict, name: str) -> float:
-    """row[name] as a finite number, also where it is written as text."""
-    given = text_of(place, row, name, (int, float, str), "a number")
-    value = math.nan
-    with contextlib.suppress(ValueError):
-        value = float(str(given))  # an integer beyond all floats becomes inf
-    require(isinstance(given, float) or not math.isnan(value),
-            f"{place}: the field {name!r} must be a number, found {given!r}")
-    require(abs(value) < 1e300, f"{place}: the field {name!r} must be finite, found {value}")
-    return value
-
-
-def messages_of(place: str, name: str, value: Any) -> list[dict]:
-    """Chat messages as {"role", "content"}, from ShareGPT's names and text parts too."""
-    found = []
-    for m in value if isinstance(value, list) else []:
-        m = {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else {}
-        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
-                                             and isinstance(p.get("text"), str) for p in content):
-            content = "".join(p["text"] for p in content)
-        more = any(map(m.get, (*UNREADABLE, "function_call", "reasoning_content", "reasoning",
-                               "thinking")))
-        more = more or m.get("weight") == 0 or m.get("train") is False  # a turn not to be learnt
-        if isinstance(content, str) and str(role) in ROLES and not more:
-            found.append({"role": ROLES[role], "content": content})
-    require(found and len(found) == len(value), f'{place}: the field {name!r} must be text or a '
-            'list of {"role", "content"} messages of text; tool calls, thoughts, images and turns '
-            'without weight are not read')
-    return found
-
-
-def as_messages(prompt: Any) -> list[dict]:
-    """A prompt as chat messages: text is the user's."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def prompt_of(place: str, row: dict) -> Any:
-    """A row's prompt, text or messages: `prompt`, OpenRLHF's `input`, Alpaca's `instruction` and
-    `input` as a user's message; a `system` message goes before."""
-    if "instruction" in row:
-        parts = [text_of(place, row, n) for n in ("instruction", "input") if row.get(n)]
-        require(parts and "prompt" not in row,
-                f"{place}: the field 'instruction' must be text, and stand without 'prompt'")
-        prompt = as_messages("\n\n".join(parts))
-    else:
-        names = ("prompt", "input", "conversations", "messages")
-        name = next((n for n in names if n in row), "prompt")
-        require(name != "prompt" or not row.get("input"),
-                f"{place}: the fields 'prompt' and 'input' stand side by side; give one")
-        prompt = text_of(place, row, name, (str, list), "text or chat messages")
-        require(prompt if isinstance(prompt, list) else prompt.strip(),
-                f"{place}: the field {name!r} is empty")
-        prompt = messages_of(place, name, prompt) if isinstance(prompt, list) else prompt
+def prompt_of(row: dict) -> tuple[Any, Optional[str]]:
+    """A row's prompt, text or messages, and the reply to it where it is a whole conversation: of
+    `messages` or ShareGPT's `conversations`, else of `prompt`, OpenRLHF's `input`, or Alpaca's
+    `instruction` and `input` as a user's message.  A `system` message goes before."""
+    whole = next((name for name in ("messages", "conversations") if name in row), None)
+    name = whole or name_in(row, "prompt", "instruction" if "instruction" in row else "input")
+    prompt, reply = row[name], None
+    if name == "instruction":
+        prompt = "\n\n".join(filter(None, (prompt, row.get("input"))))
+    require(isinstance(prompt, list) or prompt.strip(), f"the field {name!r} is empty")
+    if isinstance(prompt, str) and (name == "instruction" or row.get("system")):
+        prompt = [{"role": "user", "content": prompt}]
+    if whole and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
+        *prompt, last = prompt
+        reply = last["content"]
+        for other in (*RESPONSES, "chosen", "rejected", "ranked"):
+            require(row.get(other) in (None, reply), f"a conversation that ends with a reply and "
+                    f"the field {other!r} stand side by side; give one")
     if row.get("system"):
-        before, prompt = [{"role": "system", "content": text_of(place, row, "system")}], \
-            as_messages(prompt)
-        return prompt if prompt[:1] == before else before + prompt
-    return prompt
+        system = {"role": "system", "content": row["system"]}
+        prompt = prompt if prompt[0] == system else [system, *prompt]
+    return prompt, reply
 
 
-def conversation_of(place: str, row: dict) -> Optional[list[dict]]:
-    """A row's `messages` or `conversations` after its `system` message, or None."""
-    name = next((name for name in ("messages", "conversations") if name in row), None)
-    return name and prompt_of(place, {"prompt": messages_of(place, name, row[name]),
-                                      "system": row.get("system")})
+def sample_of(row: dict) -> Sample:
+    """A row as a sample without its reward, from any tool's names."""
+    (prompt, reply), name = prompt_of(row), name_in(row, *RESPONSES)
+    if reply is None and name not in row and row.keys() & {"messages", "conversations"}:
+        raise LeftOut("conversations that do not end with the assistant")
+    if reply is None:
+        prompt, reply = (prompt, row[name]) if isinstance(row[name], str) else side_of(row, name)
+    return Sample(prompt, reply, source=row.get("source", "given"),
+                  weight=row.get("weight", math.nan), truncated=row.get("truncated", False))
 
 
-def sample_of(place: str, row: dict) -> Sample | str:
-    """A row as a sample without its reward, from any tool's names; or why there is none in it."""
-    messages = conversation_of(place, row)
-    name = next((n for n in ("response", "completion", "output") if n in row), "response")
-    if messages and (name not in row or messages[-1]["role"] == "assistant"):
-        require(row.get(name) in (None, messages[-1]["content"]), f"{place}: a conversation that "
-                f"ends with a reply and the field {name!r} stand side by side; give one")
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
-            return "conversations that do not end with the assistant"
-        prompt, response = messages[:-1], messages[-1]["content"]
-    else:
-        prompt = messages or prompt_of(place, row)
-        response = text_of(place, row, name, (str, list))
-        if isinstance(response, list):
-            reply = messages_of(place, name, response)
-            require(len(reply) == 1,
-                    f"{place}: the field {name!r} must be one message, found {len(reply)}")
-            response = reply[0]["content"]
-    cut = str(row.get("truncated", False)).lower()
-    require(cut in ("true", "1", "1.0", "false", "0", "0.0", ""),
-            f"{place}: the field 'truncated' must be true or false, found {row.get('truncated')!r}")
-    weight = number_of(place, row, "weight") if "weight" in row else math.nan
-    require(not weight < 0, f"{place}: the field 'weight' must not be below 0, found {weight}")
-    return Sample(prompt, response, source=str(row.get("source", "given")),
-                  truncated=cut in ("true", "1", "1.0"), weight=weight)
-
-
-def labelled_sample_of(place: str, row: dict) -> Sample | str:
+def labelled_sample_of(row: dict) -> Sample:
     """A row as a sample with its reward; KTO's `label` is 1 or 0."""
-    sample = sample_of(place, row)
-    if isinstance(sample, str):
-        return sample
-    if "reward" not in row and "label" in row:
-        row = {"reward": int(row["label"]) if isinstance(row["label"], bool) else row["label"]}
-    if "reward" not in row and "weight" in row:
+    sample, name = sample_of(row), name_in(row, "reward", "label")
+    if "weight" in row and name not in row:
         return sample  # rwr.py --weights given asks for no more
-    return sample._replace(reward=number_of(place, row, "reward"))
+    return sample._replace(reward=row[name])
 
 
-def side_of(place: str, row: dict, name: str) -> Optional[tuple[Any, str]]:
-    """One side of a preference as (prompt, response); None if it ends with the human.
+TURN = "\n\nAssistant:"  # the reply's start in a transcript as HH has it
+
+
+def side_of(row: dict, name: str) -> tuple[Any, str]:
+    """One side of a preference as (prompt, response).  Raises LeftOut if it ends with the human.
     Without a `prompt` it must be a whole conversation."""
-    value = text_of(place, row, name, (str, list, dict), "text or chat messages")
-    given = prompt_of(place, row) if row.keys() & PROMPT_COLUMNS else None
-    if isinstance(value, str):
-        whole = value.startswith("\n\nHuman:") and TURN in value
+    given = prompt_of(row)[0] if row.keys() & {*PROMPT_COLUMNS, "messages"} else None
+    side = row[name]
+    if isinstance(side, str):
+        whole = side.startswith("\n\nHuman:") and TURN in side
         if given is not None and not (whole and isinstance(given, str) and TURN not in given):
-            return given, value
-        start, turn, response = value.rpartition(TURN)
-        require(turn, f"{place}: the field {name!r} has no {TURN!r}: without a `prompt` it must be "
-                "a transcript")
-        require(start.strip(), f"{place}: the prompt of {name!r} is empty")
-        return None if "\n\nHuman:" in response else (start + turn, response)
-    value = messages_of(place, name, [value] if isinstance(value, dict) else value)
-    *before, reply = value
-    if reply["role"] != "assistant":
-        return None
-    require(before or given is not None, f"{place}: the field {name!r} is a reply to nothing: the "
-            "field 'prompt' is missing")
-    if not before:
-        return given, reply["content"]
-    if given is not None:  # the prompt once, whether the side repeats it or goes on from it
-        given = as_messages(given)
-        asked = [m["content"].strip() for m in given if m["role"] != "system"]
-        said = [m["content"].strip() for m in value]
-        repeated = any(said[i:i + len(asked)] == asked for i in range(len(said)))
-        require(repeated or value[0]["role"] != given[-1]["role"],
-                f"{place}: the field {name!r} is a conversation without the row's prompt in it")
-        before = [m for m in given if not repeated
-                  or m["role"] == "system" and m not in value] + before
-    return before, reply["content"]
+            return given, side
+        start, turn, response = side.rpartition(TURN)
+        require(start.strip(), f"without a `prompt` the field {name!r} must be a transcript: a "
+                f"prompt, {TURN!r}, and a response")
+        if "\n\nHuman:" in response:
+            raise LeftOut("ending with the human")
+        return start + turn, response
+    *before, last = side
+    if last["role"] != "assistant":
+        raise LeftOut("ending with the human")
+    if not before and given is None:
+        raise KeyError("prompt")
+    if before and given is not None:  # the prompt once, which the side repeats
+        given = given if isinstance(given, list) else [{"role": "user", "content": given}]
+        said = [m["content"].strip() for m in side]
+        require(all(m["content"].strip() in said for m in given if m["role"] != "system"),
+                f"the field {name!r} is a conversation without the row's prompt in it")
+        before = [m for m in given if m["role"] == "system" and m not in side] + before
+    return before or given, last["content"]
 
 
-def ranking_of(part: str, place: str, row: dict, notes: Counter) -> Ranking | str:
-    """A row's preference, or why it is none."""
+def ranking_of(part: str, row: dict, notes: Counter) -> Ranking:
+    """A row's preference."""
     if "ranked" in row:
-        prompt, ranked = prompt_of(place, row), row["ranked"]
-        require(isinstance(ranked, list) and len(ranked) > 1
-                and all(isinstance(text, str) for text in ranked),
-                f"{place}: the field 'ranked' must be a list of two texts or more, best first")
-        said = tuple(text for text in ranked if text.strip())
-        notes["blank responses in `ranked` left out"] += len(ranked) - len(said)
-        return Ranking(prompt, said) if len(said) > 1 else "with an empty response"
-    sides = [side_of(place, row, name) for name in ("chosen", "rejected")]
-    if None in sides:
-        return "ending with the human"
-    (prompt, chosen), (other, rejected) = sides
-    if prompt_key(prompt) != prompt_key(other):
-        return "differing in more than the last response"
-    if isinstance(prompt, str) and chosen.startswith(prompt) and rejected.startswith(prompt):
-        notes["repeated their prompt in both sides: read once"] += 1
-        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
-    if not (chosen.strip() and rejected.strip()):
-        return "with an empty response"
-    notes["with two equal responses, from which nothing is learnt"] += chosen == rejected
-    return Ranking(prompt, (chosen, rejected))
+        (prompt, _), texts = prompt_of(row), row["ranked"]
+    else:
+        (prompt, chosen), (other, rejected) = side_of(row, "chosen"), side_of(row, "rejected")
+        if prompt_key(prompt) != prompt_key(other):
+            raise LeftOut("differing in more than the last response")
+        texts = [chosen, rejected]
+    if isinstance(prompt, str) and all(text.startswith(prompt) for text in texts):
+        notes["repeated their prompt in every response: read once"] += 1
+        texts = [text[len(prompt):] for text in texts]
+    said = tuple(text for text in texts if text.strip())
+    if len(said) < 2:
+        raise LeftOut("with an empty response")
+    notes["blank responses in `ranked` left out"] += len(texts) - len(said)
+    notes["with two equal responses, from which nothing is learnt"] += len(set(said)) < len(said)
+    return Ranking(prompt, said)
 
 
 @functools.lru_cache(maxsize=2)
 def read_preferences(source: str, share: float, seed: int,
                      most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
-    """Preferences for training and held out, split by prompt: the files, folders and splits that
-    `named` matches are held out, or else, or if all are, prompts by hash and seed."""
-    def parse(part: str, place: str, row: dict, notes: Counter) -> Any:
-        found = ranking_of(part, place, row, notes)
-        return found if isinstance(found, str) else (part, found)
-    found = list(parsed_rows(source, PREFERENCE_COLUMNS, parse))
+    """Preferences for training and held out, split by prompt: the files, folders and splits whose
+    name says test, valid or eval are held out; where none or all do, prompts by hash and seed."""
+    found = list(parsed_rows(source, PREFERENCE_COLUMNS,
+                             lambda part, *row: (part, ranking_of(part, *row))))
     require(found, f"{source}: no usable preference")
-    named = r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)"
-    is_test = {part: bool(re.search(named, part)) for part, _ in found}
-    by_name = len({*is_test.values()}) == 2
-    test, rest = [], []
-    for part, ranking in found:
-        held_out = is_test[part] if by_name else is_held_out(ranking.prompt, share, seed)
-        (test if held_out else rest).append(ranking)
+    parts = {part for part, _ in found}
+    named = {part for part in parts if re.search(
+        r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)", part)}
+    test = [ranking for part, ranking in found if (
+        part in named if named and named < parts else is_held_out(ranking.prompt, share, seed))]
     hidden = {prompt_key(p.prompt) for p in test}
-    train = [p for p in rest if prompt_key(p.prompt) not in hidden]
+    train = [p for _, p in found if prompt_key(p.prompt) not in hidden]
     require(train, f"{source}: no preference is left to train on")
     require(test, f"{source}: no preference is held out; give more data or a larger --held_out")
     order = random.Random(seed)
     order.shuffle(train)
     order.shuffle(test)
     used = train[:most]
-    left = {"as their prompt is held out": len(rest) - len(train),
-            "by --max_pairs": len(train) - len(used)}
-    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt"
-           + "".join(f"; {count:,} left out {why}" for why, count in left.items() if count))
+    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt; "
+           f"left out: {len(found) - len(test) - len(train):,} as their prompt is held out, "
+           f"{len(train) - len(used):,} by --max_pairs")
     return used, test
 
 
@@ -1309,16 +1244,12 @@ def is_held_out(prompt: Any, share: float, seed: int) -> bool:
 @functools.lru_cache(maxsize=4)
 def read_prompts(source: str) -> list:
     """Distinct prompts of rows that have one, in any of the shapes above, in order."""
-    def parse(part: str, place: str, row: dict, notes: Counter) -> Any:
-        if "chosen" in row:
-            side = side_of(place, row, "chosen")
-            return side[:1] if side else "ending with the human"
-        prompt = conversation_of(place, row) or prompt_of(place, row)
-        if isinstance(prompt, list) and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-        return (prompt,)  # a text would be a reason to leave the row out
-    columns = PREFERENCE_COLUMNS | SAMPLE_COLUMNS
-    return list({prompt_key(p): p for p, in parsed_rows(source, columns, parse)}.values())
+    def parse(part: str, row: dict, notes: Counter) -> Any:
+        if "chosen" not in row:
+            return prompt_of(row)[0]
+        return side_of({name: row[name] for name in row if name != "messages"}, "chosen")[0]
+    prompts = parsed_rows(source, PREFERENCE_COLUMNS | {"messages"}, parse, " for their prompts")
+    return list({prompt_key(prompt): prompt for prompt in prompts}.values())
 
 
 def split_prompts(cfg: Config, held_out: bool) -> list:
@@ -2318,6 +2249,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
             record.unlink(missing_ok=True)  # that of the file which is replaced now
             write_beside(path, (json.dumps(row, ensure_ascii=False) for part in
                                 sorted(work.glob("[0-9]*")) for row in read_record(part)["rows"]))
+        codec.say_cuts()
         total = Cost(**costs["generation"]) + Cost(**costs["labelling"])
         write_record(record, wanted, total, costs=costs)
     for old in path.parent.glob(".samples.*") if rank() == 0 else ():
@@ -2346,12 +2278,12 @@ def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
     return given, prompts
 
 
-def unseen(parse: Callable, held_out: set[int], part: str, place: str, row: dict,
-           notes: Counter) -> Any:
-    """parse(place, row) for parsed_rows, but for rows with held-out prompts."""
-    found = parse(place, row)
-    seen = isinstance(found, Sample) and prompt_hash(found.prompt) in held_out
-    return "with held-out prompts" if seen else found
+def unseen(parse: Callable, held_out: set[int], part: str, row: dict, notes: Counter) -> Sample:
+    """parse(row) for parsed_rows, but for rows with held-out prompts."""
+    found = parse(row)
+    if prompt_hash(found.prompt) in held_out:
+        raise LeftOut("with held-out prompts")
+    return found
 
 
 def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
@@ -2476,6 +2408,7 @@ def answer(cfg: Config, load: Callable, policy: Stage, prompts: list, variant: V
     KL to base, the difference of the response's log-probs."""
     codec = Codec(base.folder, cfg)  # a policy's chat template may differ
     plain = codec.prompts(prompts)
+    codec.say_cuts()
     tagged = [prompt + variant.tag_ids for prompt in plain]
     responses = sample(load(policy.folder), tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
                        plain, variant.guidance, what="evaluating")

@@ -277,6 +277,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
     prompts, size = common.split_prompts(cfg, held_out=False), cfg.rollout_batch_size
     ids = codec.prompts(prompts)
+    codec.say_cuts()
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / size)
     order = np.concatenate([np.random.default_rng((cfg.seed, turn)).permutation(len(prompts))
                             for turn in range(math.ceil(iterations * size / len(prompts)))])

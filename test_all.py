@@ -770,8 +770,10 @@ def test_cut_responses_carry_no_eos_and_long_prompts_are_cut_on_the_left(run, co
     assert response(" They are small.", shorter) == full[:-1]
     assert response(" They are", truncated=[True])[-1] != codec.tokenizer.eos_token_id
     whole, = codec.prompts(["a b c d e f"])
-    assert codec.prompts(["a b c d e f"], 3) == [whole[-3:]]
-    assert "1 of 1 prompts" in capsys.readouterr().out
+    shorter = codec_with(run[0] / "base", max_prompt_tokens=3)
+    assert shorter.prompts(["a b c d e f"]) == [whole[-3:]]
+    shorter.say_cuts()
+    assert "1 prompts are cut" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------- sampler
@@ -1288,8 +1290,8 @@ def write(path, *rows):
 
 def samples_in(path):
     """The labelled samples of a file, as every trainer reads them."""
-    return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, place, row, notes:
-                                   common.labelled_sample_of(place, row)))
+    return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
+                                   common.labelled_sample_of(row)))
 
 
 def preferences_of(path, **flags):
@@ -1406,10 +1408,12 @@ def test_labelling_goes_on_where_a_kill_left_it(run, tmp_path, monkeypatch):
 def test_samples_stay_on_disk_at_a_few_bytes_a_row(codec, tmp_path):
     """A million samples are memory maps of int32 and bool, and a few numbers a row."""
     rows = [{**GOOD, "prompt": f"p{i}", "response": "x" * 1000, "reward": i} for i in range(2000)]
+    read = functools.partial(common.read_samples, held_out=set(), codec=codec, fingerprint="x",
+                             folder=tmp_path / "tokens", labelled_by=None, costs={})
+    read(write(tmp_path / "first.jsonl", *rows[:2]))  # imports what is not to be counted
     for path in (write(tmp_path / "s.jsonl", *rows), write(tmp_path / "s.jsonl.gz", *rows)):
         tracemalloc.start()
-        samples = common.read_samples(path, set(), codec, tmp_path / "tokens", fingerprint="x",
-                                      labelled_by=None, costs={})
+        samples = read(path)
         gc.collect()
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
@@ -1574,17 +1578,17 @@ def test_weights_are_readable_by_whom_the_umask_lets_and_a_kills_leftovers_vanis
 
 GOOD = {"prompt": "p", "response": "r", "reward": 1.0}
 BAD_SAMPLES = {
-    "surrogate": ('{"prompt": "\\ud800", "response": "r", "reward": 1}', "line 2.*not UTF-8"),
+    "surrogate": ('{"prompt": "\\ud800", "response": "r", "reward": 1}', "line 2.*UTF-8"),
     "huge": ('{"prompt": "p", "response": "r", "reward": 1' + "0" * 400 + "}", "line 2.*finite"),
     "not JSON": ('{"prompt": ', "line 2.*not JSON"), "a list": ([1], "line 2.*JSON object"),
     "no reward": ({"prompt": "p", "response": "r"}, "line 2.*'reward' is missing"),
-    "NaN": ('{"prompt": "p", "response": "r", "reward": NaN}', "line 2.*'reward' must be finite"),
+    "NaN": ('{"prompt": "p", "response": "r", "reward": NaN}', "line 2.*'reward' must be a finite"),
     "infinite": ('{"prompt": "p", "response": "r", "reward": -Infinity}', "line 2.*finite"),
-    "text reward": ({**GOOD, "reward": "one"}, "line 2.*'reward' must be a number"),
-    "true": ({**GOOD, "reward": True}, "line 2.*a number"),
+    "text reward": ({**GOOD, "reward": "one"}, "line 2.*'reward' must be a finite number"),
+    "true": ({**GOOD, "reward": True}, "line 2.*a finite number"),
     "response": ({**GOOD, "response": 3}, "line 2.*'response' must be text"),
     "empty prompt": ({**GOOD, "prompt": " "}, "line 2.*'prompt' is empty"),
-    "UTF-8": (b'{"prompt": "\xff"}', "line 2.*not UTF-8"),
+    "UTF-8": (b'{"prompt": "\xff"}', "line 2.*UTF-8"),
     "deep": ("[" * 100000, "line 2.*not JSON"),
     "messages": ({**GOOD, "prompt": [1]}, "line 2.*'prompt'")}
 
@@ -1597,14 +1601,14 @@ def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"chosen": "a"}, "line 1.*'chosen' has no"),
+    ({"chosen": "a"}, "line 1.*'chosen' must be a transcript"),
     ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
     ({"prompt": "p", "chosen": 1, "rejected": "b"}, "'chosen' must be text"),
     ({"prompt": "p", "ranked": ["a"]}, "'ranked' must be a list of two"),
     ({"prompt": "p", "ranked": "ab"}, "'ranked' must be a list"),
     ({"ranked": ["a", "b"]}, "'prompt' is missing"),
     ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
-     "prompt of 'chosen' is empty")])
+     "'chosen' must be a transcript")])
 def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
     with pytest.raises(BadInput, match=message):
         preferences_of(write(tmp_path / "p.jsonl", row))
@@ -1614,7 +1618,7 @@ def test_broken_gzip_and_no_usable_pair_are_one_sentence(tmp_path):
     path = write(tmp_path / "p.jsonl.gz", *[
         {"prompt": str(i), "chosen": os.urandom(40).hex(), "rejected": "b"} for i in range(99)])
     Path(path).write_bytes(Path(path).read_bytes()[:-200])
-    with pytest.raises(BadInput, match="gzip file is broken"):
+    with pytest.raises(BadInput, match="line .* broken"):
         preferences_of(path)
     with pytest.raises(BadInput, match="no usable preference"):
         preferences_of(write(tmp_path / "e.jsonl", {"prompt": "p", "chosen": " ", "rejected": "b"}))
@@ -3123,6 +3127,9 @@ def test_all_assistant_turns_mask_every_reply_and_what_ends_it(tmp_path):
         assert ids.tolist() == whole[:len(ids)]
         (cut, mask), = codec.sequences([Sample(ZOO_CHAT, ZOO_REPLY["content"], truncated=True)])
         assert cut.tolist() == ids.tolist()[:-1] and mask[-1]
+        (empty, mask), = codec.sequences([Sample([ZOO_CHAT[0], {**ZOO_REPLY, "content": ""},
+                                                  ZOO_CHAT[2]], "fish")])
+        assert "".join(tokenizer.convert_ids_to_tokens(empty[mask])) == f"{end}fish{end}"
         assert codec.sequences([Sample("text", "reply")])[0][0].tolist() == \
             codec.pairs(["text"], ["reply"])[0][0].tolist()
 
@@ -3148,6 +3155,17 @@ def test_all_assistant_turns_teach_the_last_reply_after_what_it_is_asked_with(tm
                    for turns in ("last_turn", "all_assistant_turns"))
     assert last == every and "think" not in tokenizer.decode(every)
     assert "think" in tokenizer.apply_chat_template([*ZOO_CHAT, ZOO_REPLY], tokenize=False)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(10**12) %}x{% endfor %}", "{{ 'x' * 10**15 }}", "",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"])
+def test_templates_that_do_not_end_or_write_nothing_are_refused(tmp_path, template):
+    tokenizer = zoo_tokenizer()
+    tokenizer.chat_template = template or "{# #}"
+    codec = Codec(zoo_folder(tmp_path, tokenizer), config())
+    with pytest.raises(BadInput, match="the chat template"):
+        codec.prompts([ZOO_CHAT])
 
 
 def test_messages_that_a_template_leaves_out_are_told(tmp_path, capsys):
@@ -3177,8 +3195,8 @@ def test_prompts_of_rows_are_those_of_their_samples(tmp_path):
 
 def test_transcripts_beside_their_bare_question_are_read_as_transcripts(tmp_path):
     whole = {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"}
-    assert common.ranking_of("", "", {"prompt": "Q", **whole}, common.Counter()) == \
-        common.ranking_of("", "", whole, common.Counter())
+    assert common.ranking_of("", {"prompt": "Q", **whole}, common.Counter()) == \
+        common.ranking_of("", whole, common.Counter())
 
 
 def test_cut_responses_are_counted(codec, tmp_path, capsys):
@@ -3186,7 +3204,7 @@ def test_cut_responses_are_counted(codec, tmp_path, capsys):
     rows = [dict(prompt="P", response=" word" * n, reward=n) for n in (1, 2, 300, 400)]
     common.read_samples(write(tmp_path / "rows.jsonl", *rows), set(), codec, tmp_path / "tokens",
                         costs={}, labelled_by=None, fingerprint="")
-    assert "  2 responses are longer than" in capsys.readouterr().out
+    assert "  2 responses are cut at" in capsys.readouterr().out
     codec.say_cuts()
     assert not capsys.readouterr().out
 
@@ -3238,6 +3256,7 @@ def test_text_rendered_before_is_noticed_once_and_read_rightly_when_asked(tmp_pa
     folder = zoo_folder(tmp_path, tokenizer, ends=["<eos>", "<|eot|>"])
     prompt = tokenizer.apply_chat_template(ZOO_CHAT, tokenize=False, add_generation_prompt=True)
     plain, codec = Codec(folder, config()), Codec(folder, config(rendered_text=True))
+    common.print_once.cache_clear()
     for _ in range(2):
         plain.pairs([prompt, "text"], ["fish<|eot|>", "fish"])
     assert capsys.readouterr().out.count("--rendered_text") == 1
@@ -3262,7 +3281,8 @@ def test_prompts_that_are_too_long_keep_bos_system_message_and_headers(tmp_path,
     assert len(found[3]) <= 60 and text.startswith(
         "<bos><|start|>system<|header|>\n\nbe brief<|eot|><|start|>user<|header|>\n\n")
     assert text.endswith("the otter?<|eot|><|start|>assistant<|header|>\n\n")
-    assert "3 of 4 prompts are longer than 60 tokens" in capsys.readouterr().out
+    codec.say_cuts()
+    assert "3 prompts are cut to --max_prompt_tokens" in capsys.readouterr().out
 
 
 def test_texts_are_cut_between_characters(tmp_path):
@@ -3444,8 +3464,8 @@ def zoo_rows(tmp_path, rows, kind="samples", name="rows.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kind == "samples":
-        return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, place, row,
-                                       notes: common.labelled_sample_of(place, row)))
+        return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
+                                       common.labelled_sample_of(row)))
     return list(common.parsed_rows(str(path), common.PREFERENCE_COLUMNS, common.ranking_of))
 
 
@@ -3456,6 +3476,8 @@ ZOO_SAMPLES = [
     (dict(prompt=[U("P")], completion=[A("R")], label=False), ([U("P")], "R", 0.0)),
     (dict(messages=[U("P"), A("Q"), U("O"), A("R")], reward=2),
      ([U("P"), A("Q"), U("O")], "R", 2.0)),
+    (dict(messages=[U("P")], response=[A("R")], reward=2), ([U("P")], "R", 2.0)),
+    (dict(prompt=[U("P")], completion=[U("P"), A("R")], reward=2), ([U("P")], "R", 2.0)),
     (dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "P"},
                          {"from": "gpt", "value": "R"}], reward=2), ([ZOO_S, U("P")], "R", 2.0)),
     (dict(system="S", reward=2, conversations=[{"from": "human", "value": "P"},
@@ -3482,14 +3504,16 @@ def test_samples_of_other_tools_shapes_are_read_rightly(tmp_path, row, expected)
 
 
 ZOO_REFUSED = [
-    (dict(prompt="P", response="R", reward="good"), "'reward' must be a number, found 'good'"),
-    (dict(prompt="P", response="R", reward="nan"), "'reward' must be a number"),
-    (dict(prompt="P", response="R", reward=True), "'reward' must be a number"),
-    (dict(prompt="P", response="R", reward=math.inf), "'reward' must be finite"),
+    (dict(prompt="P", response="R", reward="good"), "'reward' must be .* number, found 'good'"),
+    (dict(prompt="P", response="R", reward="nan"), "'reward' must be a finite number"),
+    (dict(prompt="P", response="R", reward=True), "'reward' must be a finite number"),
+    (dict(prompt="P", response="R", reward=math.inf), "'reward' must be a finite number"),
     (dict(prompt="P", response="R", reward=1, truncated="maybe"), "'truncated' must be true or"),
-    (dict(prompt="P", response="R", reward=1, weight=-1), "'weight' must not be below 0"),
+    (dict(prompt="P", response="R", reward=1, weight=-1), "'weight' must be .* not below 0"),
     (dict(prompt="P", input="Q", response="R", reward=1), "'prompt' and 'input'"),
-    (dict(prompt="P", instruction="Q", response="R", reward=1), "'instruction'.*'prompt'"),
+    (dict(prompt="P", instruction="Q", response="R", reward=1), "'prompt' and 'instruction'"),
+    (dict(prompt="P", response="R", output="S", reward=1), "'response' and 'output' stand side"),
+    (dict(prompt="P", response="R", reward=1, label=0), "'reward' and 'label' stand side by side"),
     (dict(prompt="P", response="R", reward=1, history=[["a", "b"]]), "'history' bears on the text"),
     (dict(messages=[U("P"), A("R")], reward=1, tools=[{"name": "f"}]), "'tools' bears on the text"),
     (dict(messages=[U("P"), {"role": "assistant", "content": None, "tool_calls": [{}]}], reward=1),

@@ -17,6 +17,7 @@ tags, which of the held-out prompts are asked first, and the replies to them.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -120,9 +121,12 @@ def gold(prompt: list[dict], response: str, truncated: bool) -> float:
 
 def first_replies(transcripts: str) -> list[tuple[str, str]]:
     """(first human turn, the reply that it got) of every transcript."""
-    def parse(part: str, place: str, row: dict, notes: object) -> tuple[str, ...]:
-        sides = [common.side_of(place, row, name) for name in ("chosen", "rejected")]
-        return tuple("".join(side) for side in sides if side)
+    def parse(part: str, row: dict, notes: object) -> list[str]:
+        texts = []
+        for name in ("chosen", "rejected"):
+            with contextlib.suppress(common.LeftOut):
+                texts.append("".join(common.side_of(row, name)))
+        return texts
     rows = common.parsed_rows(transcripts, common.PREFERENCE_COLUMNS, parse)
     return list(dict.fromkeys((first_turn(text), first_turn(text.split("\n\nAssistant:", 1)[1]))
                               for row in rows for text in row))
