@@ -2387,7 +2387,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
         if rank() == 0:
             write_beside(board, map(json.dumps, rows))
         barrier()
-    print0("\n" + as_messages(prompts[0])[-1]["content"].strip()[-600:])
+    first = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
+    print0("\n" + first.strip()[-600:])
     for stem, found in replies.items():
         print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
     print_leaderboard([row for row in rows if row.get("setting") == fingerprint(alike)])
