@@ -229,7 +229,7 @@ def score(model: RewardModel, codec: common.Codec, cfg: common.Config, prompts: 
     rows = [ids for ids, _ in codec.pairs(prompts, responses, truncated, whole=True)]
     padding, found = model.model.config.get_text_config().pad_token_id, {}
     budget = common.FORWARD_ONLY * cfg.forward_tokens
-    groups = common.shard_micro_batches([len(row) for row in rows], budget)
+    groups = common.group_by_token_budget([len(row) for row in rows], budget, over_ranks=True)
     for group in common.progress(groups, "scoring"):
         ids, lengths, last = packed([rows[i] for i in group or [0]], padding)  # ranks keep in step
         cost.add_forward(model.model, len(ids), sum(n * n for n in lengths), 0)
