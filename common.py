@@ -2134,6 +2134,8 @@ class Slots:
         """Last hidden states (R, D) of a token (R,) for each row, at its position (R,)."""
         self.new = torch.arange(self.rows, device=device()), position, slice(None)
         self.used = (position + 1).int()
+        self.ends = torch.arange(self.rows + 1, dtype=torch.int32, device=device())
+        self.row_ends = self.ends * self.length
         seen = self.length if device().type == "cuda" else int(self.used.max())
         self.age = position[:, None] - torch.arange(seen, device=device())              # (R, seen)
         return body_of(model)(input_ids=tokens[:, None], position_ids=position[:, None],
@@ -2155,10 +2157,9 @@ class Slots:
         window = window if window and window < self.length else None
         if query.is_cuda and values.dtype.itemsize == 2 and Slots.flash:
             try:  # a kernel that reads no further than a row has come
-                ends = torch.arange(self.rows + 1, dtype=torch.int32, device=query.device)
                 return torch.ops.aten._flash_attention_forward(
-                    query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), ends,
-                    ends * self.length, 1, self.length, 0.0, False, False, scale=scale,
+                    query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
+                    self.row_ends, 1, self.length, 0.0, False, False, scale=scale,
                     window_size_left=window and window - 1, window_size_right=window and 0,
                     seqused_k=self.used)[0][:, None]
             except Exception as problem:
@@ -2241,32 +2242,35 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
     """
     (n, most), ways = (len(paths), uniform.shape[1]), 1 + bool(guidance)
     packed = model.config.get_text_config()._attn_implementation == PACKED
-    gpu, count = device().type == "cuda" and packed, cfg.slots or 64
+    gpu, count, choice = device().type == "cuda" and packed, cfg.slots or 64, choose
+    least = 2 if gpu else 1  # one row would be compiled anew
     longest = most + max((len(p) for path in paths for p in path), default=0)
     if gpu and not cfg.slots:
-        one = Slots(1, 1)
-        one.read(model, {(0,): [0]})
-        row = longest * sum(x.nbytes for pair in one.kept.values() for x in pair)
+        two = Slots(1, 2)
+        two.read(model, {(0, 0): [0]})
+        row = longest / 2 * sum(x.nbytes for pair in two.kept.values() for x in pair)
         count = min(512, max(1, int(0.6 * torch.cuda.mem_get_info()[0] / (ways * row))))
     if gpu and cfg.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled is run as it is
+        torch._dynamo.config.recompile_limit = 64    # of one piece of code, for all models
         Slots.attend = torch.compiler.disable(Slots.attend)  # knows layers apart: not compiled
+        choice = torch.compile(choose)
         for block in blocks_of(model):
             if block._compiled_call_impl is None:
                 block.compile(dynamic=True)
-    slots = (Slots if packed else Rereader)(ways * min(count, max(1, n)), longest)
+    path = torch.full((min(count, max(least, n)),), n, device=device())                 # (R,)
+    slots = (Slots if packed else Rereader)(ways * len(path), longest)
     prompt_length, last = (torch.tensor([[f(p) for p in path] for path in [*paths, [[0]] * ways]],
                                         device=device()) for f in (len, lambda p: p[-1]))
     said, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
     length, stops = torch.zeros_like(said[:, 0]), torch.tensor(stop, device=device())
-    path = torch.full((min(count, max(1, n)),), n, device=device())                     # (R,)
 
     def step() -> None:
         """Every slot's next token."""
         t = length[path]                                                                # (R,)
         position = prompt_length[path] + t[:, None] - 1  # at first a prompt's last token again
         hidden = slots.decode(model, last[path].flatten(), position.flatten())
-        token, log_p = choose(logits_of(model, hidden), uniform[path, t], guidance=guidance,
+        token, log_p = choice(logits_of(model, hidden), uniform[path, t], guidance=guidance,
                               temperature=cfg.temperature, top_p=cfg.top_p)
         said[path, t], log_probs[path, t], last[path] = token, log_p.double(), token[:, None]
         length[path] = t + 1
@@ -2291,10 +2295,10 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
                 slots.read(model, {prompts[j]: wanted[prompts[j]] for j in part})
         elif begun == n and len(free) == len(path):
             return said, log_probs
-        elif begun == n and 2 * len(free) >= len(path):  # no prompt is left for the others
-            busy = (path < n).nonzero()                                                 # (R, 1)
-            slots.keep((busy * ways + torch.arange(ways, device=device())).flatten())
-            path, run = path[busy[:, 0]], None
+        elif begun == n and 2 * len(free) >= len(path) > (64 if gpu else 1):  # half will do
+            half = path.argsort()[:len(path) - len(path) // 2, None]  # the idle are last
+            slots.keep((half * ways + torch.arange(ways, device=device())).flatten())
+            path, run = path[half[:, 0]], None
         run = run or (captured(step) if gpu else step)
         for _ in range(8 if gpu else 1):  # a look which have ended waits for the GPU
             run()
@@ -2314,7 +2318,6 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         return step
 
 
-@compiled
 def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float = 1.0,
            guidance: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (R,) and their log-probs (R,) from logits (R, V), or of guided pairs (2 R, V)."""
