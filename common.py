@@ -46,7 +46,6 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import Cache
 
 # ---------------------------------------------------------------------------------- process group
 
@@ -1436,13 +1435,16 @@ PADDED_BELOW = 256    # hidden width: to smaller models padding costs less than 
 def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
               mask: Optional[torch.Tensor], scaling: Optional[float] = None,
               sliding_window: Optional[int] = None, cu_seq_lens_q: Optional[torch.Tensor] = None,
-              max_length_q: int = 0, slot_age: Optional[torch.Tensor] = None,
+              max_length_q: int = 0, slots: Optional[Slots] = None,
               **_: Any) -> tuple[torch.Tensor, None]:
     """Causal attention, (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), of
     the sampler's new tokens to their slots (T = 1), or of whole sequences."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    b, heads, t, width = query.shape
+    heads, t = query.shape[1:3]
     group, window = heads // key.shape[1], sliding_window or 2**31
+    if slots is not None:
+        return slots.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
+                            max_length_q), None
     if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
@@ -1454,12 +1456,6 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
         each = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)))
         return torch.cat([attention(module, *qkv, None, scaling, sliding_window)[0]
                           for qkv in each], dim=1), None
-    if t == 1:  # query heads that share a key are so many positions of one head: no key is copied
-        seen = None if slot_age is None else slot_age >= 0  # (B, 1, 1, S), how long ago, < 0: never
-        if sliding_window and seen is not None:
-            seen = seen & (slot_age < sliding_window)
-        query = query.reshape(b, key.shape[1], -1, width)
-        return sdpa(query, key, value, seen, scale=scaling).reshape(b, 1, heads, -1), None
     band = None
     if t > window:
         band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - window)
@@ -1489,8 +1485,9 @@ def enable_packing(model: Any) -> Any:
         model.set_attn_implementation(PACKED)
         slots = Slots(2, 16)
         packed = slots.read(model, {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]})
-        last = slots.decode(model.base_model, torch.stack([a[-1], b[-1]])).last_hidden_state
-        ours, theirs = torch.cat([packed[:8], last[0], packed[8:], last[1]]), torch.cat(alone)
+        last = slots.decode(model, torch.stack([a[-1], b[-1]]),
+                            torch.tensor([8, 14], device=model.device))
+        ours, theirs = torch.cat([packed[:8], last[:1], packed[8:], last[1:]]), torch.cat(alone)
         near = 1e-3 if model.dtype.itemsize > 2 and model.device.type == "cpu" else 0.1
         proven = (ours - theirs).float().norm() < near * theirs.float().norm()
     except Exception:  # whatever the code of some other architecture raises
@@ -1505,13 +1502,17 @@ def enable_packing(model: Any) -> Any:
     return model
 
 
-def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **cache: Any) -> torch.Tensor:
-    """The body's last hidden states (T, D) of packed sequences, ids (T,); `cache` is the sampler's.
-    """
-    body = model.base_model if model.base_model is not model else model.model  # Llama 4's
+def body_of(model: Any) -> Any:
+    """The model without its head; Llama 4's class calls the whole of itself its base model."""
+    return model.base_model if model.base_model is not model else model.model
+
+
+def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **slots: Any) -> torch.Tensor:
+    """The body's last hidden states (T, D) of packed sequences, ids (T,), which fill `slots`."""
+    body = body_of(model)
     config = model.config.get_text_config()
     packed = config._attn_implementation == PACKED and config.hidden_size >= PADDED_BELOW
-    if not (packed or cache):
+    if not (packed or slots):
         # padding comes after a sequence, where causal attention does not look: no mask is needed
         padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
         hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
@@ -1521,7 +1522,7 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **cache: An
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
     return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
                 cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
-                use_cache=bool(cache), **cache).last_hidden_state[0]
+                use_cache=False, **slots).last_hidden_state[0]
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -1554,15 +1555,21 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
 @torch.no_grad()
 def check_linear_head(name: str, model: Any) -> None:
     """Raises BadInput unless logits are hidden states times head, scaled or soft-capped."""
-    head, ours = model.get_output_embeddings(), []
+    head = model.get_output_embeddings()
     require(head is not None and getattr(head, "bias", None) is None,
             f"{name}: the fused loss needs a model with an output head, and without a bias there")
     ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
-    head_loss(lambda logits: ours.append(logits.float().clone()) or logits[:, 0],
-              hidden_states(model, ids, [8]), model)
-    ours, theirs = torch.cat(ours), model(input_ids=ids[None], use_cache=False).logits[0].float()
+    ours = logits_of(model, hidden_states(model, ids, [8]))
+    theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
     require(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())),
             f"{name}: its logits are not hidden states times head, which the fused loss needs")
+
+
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """The head's logits (N, V) float32 of last hidden states (N, D)."""
+    scale, cap = head_transform(model)
+    logits = model.get_output_embeddings()(hidden).float() * scale
+    return cap * (logits / cap).tanh() if cap else logits
 
 
 class Policy(torch.nn.Module):
@@ -1801,10 +1808,7 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
     """
     weight, kind = model.get_output_embeddings().weight, hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    config = model.config.get_text_config()
-    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
-                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    scale, cap = head_transform(model)
 
     def capped(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
         logits.div_(cap).tanh_().mul_(cap)
@@ -1815,8 +1819,16 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
     if not torch.is_grad_enabled():
         weight = weight.detach()  # else its gradient is found all the same
     apply = torch.compiler.disable(HeadLoss.apply)  # a compiled caller breaks its graph here
-    return apply((hidden * (up * more / down)).to(dtype), weight, capped if cap else kernel,
+    return apply((hidden * scale).to(dtype), weight, capped if cap else kernel,
                  *columns)
+
+
+def head_transform(model: Any) -> tuple[float, Optional[float]]:
+    """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), or without a cap."""
+    config = model.config.get_text_config()
+    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
+                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+    return up * more / down, getattr(config, "final_logit_softcapping", None)  # Gemma
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1890,9 +1902,9 @@ def compiled(kernel: Callable) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------- sampler
-# A fixed number of slots, each a row of a preallocated cache at a position of its own.  A response
-# that has ended gives its slot to the next prompt; prompts are read packed.  No left padding, no
-# copies of the cache; on a GPU the decode step is a CUDA graph.
+# A fixed number of slots, rows of a preallocated cache.  A response that has ended gives its slot
+# to the next prompt; prompts are read packed.  Nothing is padded, no cache copied; on a GPU the
+# decode step is compiled block by block and replayed as a CUDA graph.
 
 
 class Response(NamedTuple):
@@ -1902,57 +1914,76 @@ class Response(NamedTuple):
     truncated: bool
 
 
-class Slots(Cache):
-    """The sampler's cache: R rows of S positions, in each layer, and where new tokens go."""
+class Slots:
+    """The sampler's cache: R rows of S positions in each layer.  attention() fills and reads it."""
+    flash = True  # until its kernel has failed
 
     def __init__(self, rows: int, length: int):
-        super().__init__(layers=[])
-        self.length, self.every = length, torch.arange(rows, device=device())
-        self.position = torch.zeros_like(self.every)    # (R,) of each slot's last token
-        self.kept: dict[int, list[torch.Tensor]] = {}   # layer -> keys, values (R, heads, S, D)
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_: Any,
-               **__: Any) -> tuple:
-        """Keeps a layer's keys and values of the new tokens; returns those to attend to."""
-        if layer_idx not in self.kept:
-            self.kept[layer_idx] = [
-                x.new_zeros(len(self.every), x.shape[1], self.length, x.shape[3])
-                for x in (keys, values)]
-        for kept, new in zip(self.kept[layer_idx], (keys, values)):
-            new = new.transpose(1, 2).flatten(0, 1)                             # (B * T, heads, D)
-            kept[self.rows, :, self.positions] = new if self.source is None else new[self.source]
-        if self.seen is None:  # packed prompts attend to themselves
-            return keys, values
-        return tuple(kept[:, :, :self.seen] for kept in self.kept[layer_idx])
+        self.rows, self.length = rows, length
+        self.kept: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (R, S, heads, D)
+        if device().type == "cuda":  # knows layers apart: compiled, it would be so for each
+            self.attend = torch.compiler.disable(self.attend)
 
     def read(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
-        """Reads prompts, each into all the slots named: its last hidden states (T, D), packed."""
-        lengths = [len(prompt) for prompt in prompts]
-        spans = [(slot, end - n, n) for n, end, slots in
-                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for slot in slots]
-        slots, starts, sizes = torch.tensor(spans, device=device()).T
-        self.positions = torch.cat([torch.arange(n) for _, _, n in spans]).to(device())
-        self.rows = slots.repeat_interleave(sizes)
-        self.source = starts.repeat_interleave(sizes) + self.positions
-        self.position[slots], self.seen = sizes - 1, None
+        """Reads prompts, each into all the rows named: their last hidden states (T, D), packed."""
+        lengths = list(map(len, prompts))
+        spans = [(row, end - n, n) for n, end, rows in
+                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for row in rows]
+        row, start, size = torch.tensor(spans).T
+        position = torch.cat([torch.arange(n) for _, _, n in spans])
+        self.new = [x.to(device()) for x in (row.repeat_interleave(size), position,
+                                             start.repeat_interleave(size) + position)]
         ids = torch.tensor(list(itertools.chain(*prompts)), device=device())
-        return hidden_states(model, ids, lengths, past_key_values=self)
+        return hidden_states(model, ids, lengths, slots=self)
 
-    def decode(self, model: Any, tokens: torch.Tensor, live: Any = 1, seen: int = 0) -> Any:
-        """The model's output on one new token a slot, (R,); where not `live`, it replaces the last.
-        The caller knows that no position lies behind the first `seen`."""
-        self.position += live
-        self.rows, self.positions, self.source = self.every, self.position, None
-        self.seen = seen or self.length
-        age = self.position[:, None] - torch.arange(self.seen, device=device())          # (R, S)
-        return model(input_ids=tokens[:, None], position_ids=self.position[:, None], use_cache=True,
-                     past_key_values=self, slot_age=age[:, None, None])
+    def decode(self, model: Any, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Last hidden states (R, D) of a token (R,) for each row, at its position (R,)."""
+        self.new = torch.arange(self.rows, device=device()), position, slice(None)
+        self.used = (position + 1).int()
+        self.ends = torch.arange(self.rows + 1, dtype=torch.int32, device=device())
+        self.row_ends = self.ends * self.length
+        seen = self.length if device().type == "cuda" else int(self.used.max())
+        self.age = position[:, None] - torch.arange(seen, device=device())              # (R, seen)
+        return body_of(model)(input_ids=tokens[:, None], position_ids=position[:, None],
+                              use_cache=False, slots=self).last_hidden_state[:, -1]
+
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
+        """attention() whose keys and values (B, heads, T, D) are kept: of packed prompts to
+        themselves, or (R, heads, 1, D) -> (R, 1, heads, D) of each row's new token to its row."""
+        if layer not in self.kept:
+            self.kept[layer] = [x.new_zeros(self.rows, self.length, x.shape[1], x.shape[3])
+                                for x in (key, value)]
+        rows, positions, source = self.new
+        for kept, new in zip(self.kept[layer], (key, value)):
+            kept[rows, positions] = new.transpose(1, 2).flatten(0, 1)[source]    # (., heads, D)
+        if packed[0] is not None:
+            return attention(layer, query, key, value, None, scale, window, *packed)[0]
+        keys, values = self.kept[layer]                                         # (R, S, heads, D)
+        window = window if window and window < self.length else None
+        if query.is_cuda and values.dtype.itemsize == 2 and Slots.flash:
+            try:  # a kernel that reads no further than a row has come
+                return torch.ops.aten._flash_attention_forward(
+                    query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
+                    self.row_ends, 1, self.length, 0.0, False, False, scale=scale,
+                    window_size_left=window and window - 1, window_size_right=window and 0,
+                    seqused_k=self.used)[0][:, None]
+            except Exception as problem:
+                print0(f"  the sampler's attention goes without flash attention ({problem})")
+                Slots.flash = False
+        seen = (self.age >= 0) & (self.age < (window or self.length))
+        keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
+        # query heads that share a key are so many positions of one head: no key is copied
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.reshape(self.rows, keys.shape[1], -1, query.shape[3]), keys, values,
+            seen[:, None, None], scale=scale)
+        return out.reshape(self.rows, 1, query.shape[1], -1)
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Forgets all slots but these."""
+        """Forgets all rows but these."""
+        self.rows = len(rows)
         for pair in self.kept.values():
             pair[:] = [x[rows] for x in pair]
-        self.position, self.every = self.position[rows], torch.arange(len(rows), device=device())
 
 
 @torch.inference_mode()
@@ -1967,183 +1998,162 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     (Sanchez et al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle
     slots compute.
     """
+    most = cfg.max_response_tokens
     share = sorted(range(rank(), len(prompts), world_size()), key=lambda i: (len(prompts[i]), i))
     paths = [[prompts[i], *([unconditional[i]] if guidance else [])] for i in share]
-    uniform = [np.random.Generator(np.random.Philox(key=[seed, i if seeds is None else seeds[i]]))
-               for i in share]
-    packed = model.config.get_text_config()._attn_implementation == PACKED
+    uniform = torch.zeros(len(share) + 1, most, dtype=torch.float64)  # the last is an idle slot's
+    for row, i in zip(uniform, share):
+        key = [seed, i if seeds is None else seeds[i]]
+        row[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(most))
+    found = {}
     with progress(None, what, total=len(share), unit="row") as bar:
-        found = (sample_with_slots if packed else sample_with_generate)(
-            model, paths, uniform, cfg, stop, guidance, bar, cost)
-    for path, response in zip(paths, found):
-        for prompt in path:
-            n, m = len(prompt), len(response.ids)
+        packed = model.config.get_text_config()._attn_implementation == PACKED
+        said, log_probs = (x.cpu() for x in (fill_slots if packed else generate)(
+            model, paths, uniform.to(device()), cfg, stop, guidance, bar, cost))
+    ends = torch.isin(said, torch.tensor(stop))
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, most).tolist()
+    for i, path, ids, log_p, m in zip(share, paths, said, log_probs, lengths):
+        found[i] = Response(ids[:m].tolist(), log_p[:m].tolist(), int(ids[m - 1]) not in stop)
+        for n in map(len, path):
             cost.add_forward(model, m - 1, (m - 1) * (2 * n + m) // 2, m - 1)
-    cost.generated_tokens += sum(len(r.ids) for r in found)
-    return gather_by_index(dict(zip(share, found)), len(prompts))
+        cost.generated_tokens += m
+    return gather_by_index(found, len(prompts))
 
 
-def slot_count(model: Any, length: int, prompts: int, cfg: Config) -> int:
-    """Slots that --slots, or a GPU's free memory, allows; no more than there are prompts."""
-    most = cfg.slots or 64
-    if device().type == "cuda" and not cfg.slots:
-        shape = model.config.get_text_config()
-        heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-        width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        token = 2 * shape.num_hidden_layers * heads * width * model.dtype.itemsize
-        most = min(512, int(0.6 * torch.cuda.mem_get_info()[0] / (token * length)))
-    return max(1, min(most, prompts))
+def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: list[int],
+               guidance: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probs (n + 1, most) for n paths, each a prompt, or two to guide by.
 
+    All state belongs to paths; a slot has but its path's index, n where it is idle.
+    """
+    (n, most), ways = (len(paths), uniform.shape[1]), 1 + bool(guidance)
+    gpu, count, choice = device().type == "cuda", cfg.slots or 64, choose
+    least = 2 if gpu else 1  # one row would be compiled anew
+    longest = most + max((len(p) for path in paths for p in path), default=0)
+    if gpu and not cfg.slots:
+        two = Slots(1, 2)
+        two.read(model, {(0, 0): [0]})
+        row = longest / 2 * sum(x.nbytes for pair in two.kept.values() for x in pair)
+        count = min(512, max(1, int(0.6 * torch.cuda.mem_get_info()[0] / (ways * row))))
+    if gpu and cfg.compile:
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled is run as it is
+        torch._dynamo.config.recompile_limit = 64    # of one piece of code, for all models
+        choice = torch.compile(choose)
+        for block in blocks_of(model):
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=True)
+    path = torch.full((min(count, max(least, n)),), n, device=device())                 # (R,)
+    slots = Slots(ways * len(path), longest)
+    prompt_length, last = (torch.tensor([[f(p) for p in path] for path in [*paths, [[0]] * ways]],
+                                        device=device()) for f in (len, lambda p: p[-1]))
+    said, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
+    length, stops = torch.zeros_like(said[:, 0]), torch.tensor(stop, device=device())
+    never = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.int64,
+                         device=device())
 
-def sample_with_slots(model: Any, paths: list, uniform: list, cfg: Config, stop: list[int],
-                      guidance: float, bar: Any, cost: Cost) -> list[Response]:
-    """sample(), for models that read packed sequences; a path is a prompt, or two to guide by."""
-    look, block, few = (8, 256, 0.5) if device().type == "cuda" else (4, 32, 0.75)
-    most, ways = cfg.max_response_tokens, 1 + bool(guidance)
-    never = model.generation_config.suppress_tokens or []
-    budget = FORWARD_ONLY * cfg.forward_tokens  # tokens read at a time
-    longest = max((len(p) for path in paths for p in path), default=0)
-    count = slot_count(model, ways * (longest + most), len(paths), cfg)
-    slots = Slots(ways * count, -(-(longest + most) // 64) * 64)
-    stops, at = torch.tensor(stop, device=device()), torch.arange(count, device=device())
-    said, log_probs, draws = (torch.zeros(count, most + 1, dtype=dtype, device=device())
-                              for dtype in (torch.int64, torch.float32, torch.float64))
-    tokens = torch.zeros(ways * count, dtype=torch.int64, device=device())  # the last of each
-    step, ended = torch.zeros_like(at), torch.ones_like(at, dtype=torch.bool)
+    def step() -> None:
+        """Every slot's next token."""
+        t = length[path]                                                                # (R,)
+        position = prompt_length[path] + t[:, None] - 1  # at first a prompt's last token again
+        hidden = slots.decode(model, last[path].flatten(), position.flatten())
+        token, log_p = choice(logits_of(model, hidden), uniform[path, t], never, cfg.temperature,
+                              cfg.top_p, guidance)
+        said[path, t], log_probs[path, t], last[path] = token, log_p.double(), token[:, None]
+        length[path] = t + 1
+        length[n:].zero_()
+        path.masked_fill_(torch.isin(token, stops) | (t + 1 == most), n)
 
-    def decode(seen: int) -> None:
-        """Every slot's next token; one that has ended writes into the column behind all others."""
-        live, here = ~ended, torch.where(ended, most, step)
-        logits = slots.decode(model, tokens, live.repeat(ways), seen).logits[:, -1]
-        token, log_p = choose(logits, draws[at, here], cfg, guidance, never)
-        said[at, here], log_probs[at, here] = token, log_p
-        tokens.copy_(token.repeat(ways))
-        step.add_(live)
-        ended.logical_or_(torch.isin(token, stops) | (step == most))
-
-    holder: dict[int, int] = {}             # slot -> index of the path it answers
-    found: dict[int, Response] = {}
-    waiting, graphs = iter(range(len(paths))), {}
-    while len(found) < len(paths):
-        free = [slot for slot in range(count) if slot not in holder]
-        taken = dict(zip(free, waiting))
-        if taken:
-            holder.update(taken)
-            rows = torch.tensor(list(taken), device=device())
-            step[rows], ended[rows] = 0, False
-            draws[rows] = torch.from_numpy(np.stack(
-                [uniform[i].random(most + 1) for i in taken.values()])).to(device())
-            copies: dict[tuple, list[int]] = {}     # each prompt once, and the slots that want it
+    begun, run = 0, None
+    while True:
+        free = (path == n).nonzero()[:, 0].tolist()
+        bar.update(begun - len(path) + len(free) - bar.n)
+        if begun < n and 8 * len(free) >= len(path):
+            taken = dict(zip(free, range(begun, n)))
+            begun += len(taken)
+            path[list(taken)] = torch.tensor(list(taken.values()), device=device())
+            wanted: dict[tuple, list[int]] = {}     # each prompt once, and the rows that want it
             for slot, i in taken.items():
                 for way, prompt in enumerate(paths[i]):
-                    copies.setdefault(tuple(prompt), []).append(way * count + slot)
-            prompts = list(copies)
-            lengths = [len(prompt) for prompt in prompts]
-            cost.add_forward(model, sum(lengths), sum(n * n for n in lengths), len(lengths))
-            for part in group_by_token_budget(lengths, budget):
-                slots.read(model, {prompts[j]: copies[prompts[j]] for j in part})
-            last = {slot: prompt[-1] for prompt, wanted in copies.items() for slot in wanted}
-            rows = torch.tensor(list(last), device=device())
-            tokens[rows] = torch.tensor(list(last.values()), device=device())
-            slots.position[rows] -= 1  # the first step reads a prompt's last token again
-        if len(holder) <= count * few:  # no prompt is left for the other slots
-            rows = torch.tensor(sorted(holder), device=device())
-            every = torch.cat([way * count + rows for way in range(ways)])
-            slots.keep(every)
-            tokens, step, said, log_probs, draws, ended = (
-                tokens[every], *(x[rows] for x in (step, said, log_probs, draws, ended)))
-            holder = dict(enumerate(holder[slot] for slot in sorted(holder)))
-            count, at, graphs = len(holder), at[:len(holder)], {}
-        seen = -(-(int(slots.position.max()) + look + 1) // block) * block
-        for _ in range(look):  # looking which have ended waits for the GPU
-            run_captured(decode, min(seen, slots.length), graphs)
-        done = [slot for slot, end in enumerate(ended.tolist()) if end and slot in holder]
-        for slot, n, ids, log_p in zip(done, *(x[done].tolist() for x in (step, said, log_probs))):
-            found[holder.pop(slot)] = Response(ids[:n], log_p[:n], ids[n - 1] not in stop)
-        bar.update(len(done))
-    return [found[i] for i in range(len(paths))]
+                    wanted.setdefault(tuple(prompt), []).append(slot * ways + way)
+            prompts, lengths = list(wanted), list(map(len, wanted))
+            cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
+            for part in group_by_token_budget(lengths, FORWARD_ONLY * cfg.forward_tokens):
+                slots.read(model, {prompts[j]: wanted[prompts[j]] for j in part})
+        elif begun == n and len(free) == len(path):
+            return said, log_probs
+        elif begun == n and 2 * len(free) >= len(path) > (64 if gpu else 1):  # half will do
+            half = path.argsort()[:len(path) - len(path) // 2, None]  # the idle are last
+            slots.keep((half * ways + torch.arange(ways, device=device())).flatten())
+            path, run = path[half[:, 0]], None
+        run = run or (captured(step) if gpu else step)
+        for _ in range(8 if gpu else 1):  # a look which have ended waits for the GPU
+            run()
 
 
-def run_captured(step: Callable[[int], None], seen: int, graphs: dict) -> None:
-    """step(seen), from its second time on, on a GPU, as a CUDA graph; eagerly where that fails."""
-    if graphs.get(seen):
-        graphs[seen].replay()
-        return
-    if device().type != "cuda" or seen in graphs:
-        step(seen)
-        return
-    graphs[seen], graph, stream = None, torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(seen)  # a real one, which warms up what must not be captured
-    torch.cuda.current_stream().wait_stream(stream)
+def generate(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: list[int],
+             guidance: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
+    """fill_slots() for models that keep more than keys and values, or do not read packed sequences:
+    by transformers' generate, to which our own choice of token is handed."""
+    from transformers import GenerationConfig, LogitsProcessorList
+    ways, own = 1 + bool(guidance), model.generation_config
+    said, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
+    never = torch.tensor(own.suppress_tokens or [], dtype=torch.int64, device=device())
+    asked = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
+                             pad_token_id=stop[0])
+    for rows in torch.arange(len(paths)).split(cfg.slots or 64):
+        prompts = [prompt for i in rows.tolist() for prompt in paths[i]]            # (R * ways)
+        lengths = [len(prompt) for prompt in prompts]
+        cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
+        width = max(lengths)
+        ids = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
+        mask = torch.tensor([[0] * (width - m) + [1] * m for m in lengths], device=device())
+
+        def ours(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            t = tokens.shape[1] - width  # noqa: B023
+            if t == 0 and lengths[0] < width:  # noqa: B023  was it read as it is alone?
+                first = torch.tensor(prompts[:1], device=device())  # noqa: B023
+                alone = model(first, use_cache=False).logits[0, -1]
+                require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
+                        "reads padded prompts wrongly; give --slots 1, and --guidance 0")
+            token, log_p = choose(scores, uniform[rows, t], never, cfg.temperature,  # noqa: B023
+                                  cfg.top_p, guidance)
+            said[rows, t], log_probs[rows, t] = token, log_p.double()  # noqa: B023
+            chosen = token.repeat_interleave(ways)[:, None]
+            return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+        try:
+            model.generation_config = GenerationConfig()  # its penalties are not asked for here
+            model.generate(ids, attention_mask=mask, generation_config=asked,
+                           logits_processor=LogitsProcessorList([ours]))
+        finally:
+            model.generation_config = own
+        bar.update(len(rows))
+    return said, log_probs
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as a CUDA graph, after a real one that warms it up; itself where that fails."""
+    step()
     try:
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step(seen)  # is recorded, not run
-        graphs[seen] = graph
+            step()  # is recorded, not run
+        return graph.replay
     except Exception as problem:
         torch.cuda.synchronize()
         print0(f"  the decode step cannot be a CUDA graph, and runs eagerly ({problem})")
+        return step
 
 
-def sample_with_generate(model: Any, paths: list, uniform: list, cfg: Config, stop: list[int],
-                         guidance: float, bar: Any, cost: Cost) -> list[Response]:
-    """sample(), for models that keep more than keys and values: transformers' generate, to which
-    our own choice of token is handed."""
-    from transformers import GenerationConfig, LogitsProcessorList
-    together = cfg.slots or 64
-    if len(paths) > together:
-        parts = [slice(start, start + together) for start in range(0, len(paths), together)]
-        return [response for part in parts for response in sample_with_generate(
-            model, paths[part], uniform[part], cfg, stop, guidance, bar, cost)]
-    if not paths:
-        return []
-    ways, own, log_probs = 1 + bool(guidance), model.generation_config, []
-    prompts = [list(prompt) for way in zip(*paths) for prompt in way]                   # (ways * R)
-    lengths = [len(prompt) for prompt in prompts]
-    cost.add_forward(model, sum(lengths), sum(n * n for n in lengths), len(lengths))
-    draws = torch.from_numpy(np.stack([u.random(cfg.max_response_tokens)
-                                       for u in uniform])).to(device())
-    width = max(lengths)
-    ids = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
-    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device())
-
-    def ours(said: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not log_probs and lengths[0] < width:  # was it read as it is alone?
-            first = torch.tensor(prompts[:1], device=device())
-            alone = model(first, use_cache=False).logits[0, -1]
-            require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
-                    "reads padded prompts wrongly; give --slots 1, and --guidance 0")
-        token, log_p = choose(scores, draws[:, len(log_probs)], cfg, guidance,
-                              own.suppress_tokens or [])
-        log_probs.append(log_p)
-        return torch.full_like(scores, -math.inf).scatter_(1, token.repeat(ways)[:, None], 0.0)
-    asked = GenerationConfig(do_sample=False, max_new_tokens=cfg.max_response_tokens,
-                             eos_token_id=stop, pad_token_id=stop[0])
-    try:
-        model.generation_config = GenerationConfig()  # its penalties are not asked for here
-        said = model.generate(ids, attention_mask=mask, generation_config=asked,
-                              logits_processor=LogitsProcessorList([ours]))
-    finally:
-        model.generation_config = own
-    bar.update(len(paths))
-    found = []
-    for row, log_p in zip(said[:, width:].tolist(), torch.stack(log_probs, 1).tolist()):
-        n = next((i + 1 for i, t in enumerate(row) if t in stop), len(row))
-        found.append(Response(row[:n], log_p[:n], row[n - 1] not in stop))
-    return found
-
-
-def choose(logits: torch.Tensor, uniform: torch.Tensor, cfg: Config, guidance: float,
-           never: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided rows; `never`
+def choose(logits: torch.Tensor, uniform: torch.Tensor, never: torch.Tensor, temperature: float,
+           top_p: float = 1.0, guidance: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and their log-probs (R,) from logits (R, V), or of guided pairs (2 R, V); `never`
     are tokens that are not drawn."""
     if guidance:
-        conditional, unconditional = logits.float().log_softmax(-1).chunk(2)
+        conditional, unconditional = logits.float().log_softmax(-1).unflatten(0, (-1, 2)).unbind(1)
         logits = (1 + guidance) * conditional - guidance * unconditional
-    logits[:, never] = -math.inf
-    log_p = (logits.float() / (cfg.temperature or 1.0)).log_softmax(-1)                 # (R, V)
-    token = log_p.argmax(-1) if cfg.temperature == 0 else draw(log_p, uniform, cfg.top_p)
+    logits = logits.index_fill(-1, never, -math.inf)
+    log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)                     # (R, V)
+    token = log_p.argmax(-1) if temperature == 0 else draw(log_p, uniform, top_p)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
