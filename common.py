@@ -2546,11 +2546,15 @@ class TrainingRun:
         require(self.skipped < MOST_SKIPPED, f"{self.folder.parent}: {self.skipped} steps in a "
                 f"row, the last of them step {step}, without a finite gradient; lower --lr; the "
                 "last checkpoint is from before")
-        every, done = self.cfg.save_every, step + 1
+        if self.is_due(step) and not self.skipped:
+            self.checkpoint(step + 1, spent)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        every = self.cfg.save_every
         if every is None:
             every = max(1, min(500, self.total // 10))
-        if every and done % every == 0 and done < self.total and not self.skipped:
-            self.checkpoint(done, spent)
+        return every > 0 and (step + 1) % every == 0 and step + 1 < self.total
 
     def checkpoint(self, step: int, spent: dict) -> None:
         """Writes checkpoints/step beside and renames; the last two are kept.

@@ -194,9 +194,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            due = watch and run.every and (step + 1) % run.every == 0
-            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens,
-                    **({"slope": watch(policy, step)} if due else {}))
+            slope = {"slope": watch(policy, step)} if watch and run.is_due(step) else {}
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens, **slope)
     z = samples.z(samples.rewards)
     target, edges, tokenizer = target_reward(cfg.target[-1], z), bin_edges(z), codec.tokenizer
     tag = reward_tag(target, edges, cfg)
