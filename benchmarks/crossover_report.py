@@ -78,10 +78,12 @@ def turns(rows: list[dict], x: str) -> str:
                          key=lambda gold: interval(gold.values())[0])
             lead, half = interval(paired(own, better))
             ahead[v] = lead > half
-            lines.append(f"- {v:,} {x}: {method} − the better filter {lead:+.2f} ± {half:.2f}")
+            lines.append(f"- {v:,} {x}: {method} − the better filter "
+                         f"{shown(paired(own, better), '+')}")
         first = next((v for i, v in enumerate(ahead) if all(list(ahead.values())[i:])), None)
-        lines.append(f"- **{method} is ahead of both filters from {first:,} {x} on**" if first else
-                     f"- **{method} does not stay ahead of both filters**")
+        if ahead:
+            lines.append(f"- **{method} " + (f"is ahead of both filters from {first:,} {x} on**"
+                         if first else "does not end ahead of both filters**"))
     slopes = list(at("DT q99", "slope").items())
     rises = [(interval(paired(b[1], a[1]))[0], a, b) for a, b in zip(slopes, slopes[1:])]
     if rises:
@@ -91,9 +93,8 @@ def turns(rows: list[dict], x: str) -> str:
     return "\n".join(lines)
 
 
-CAPTIONS = {"steps": "Filtering and weighting work at once; conditioning takes some hundred "
-                     "optimiser steps (10,000 samples)",
-            "samples": "What more labelled samples bring each method, and DT's slope (600 steps)"}
+CAPTIONS = {"steps": "Gold, and how DT heeds its tag, by optimiser steps (10,000 samples)",
+            "samples": "Gold, and how DT heeds its tag, by labelled samples (600 steps)"}
 STYLES = {"DT q99": ("C3", "o-"), "DT guided": ("C1", "o-"), "DT q95": ("C3", ":"),
           "DT q50": ("C5", ":"), "DT q5": ("C4", ":"), "filter 0.2": ("C0", "s-"),
           "filter 0.05": ("C9", "s-"), "RWR": ("C2", "^-"), "SFT": ("C7", "--"),
@@ -111,6 +112,7 @@ def draw(figure: Any, rows: list[dict], x: str) -> None:
     """Gold of each method, and DT's slope, with 95 % intervals, against x."""
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     rows = of_axis(rows, x)
+    ticks = sorted({r[x] for r in rows if r[x]})
     for axis, value, name in [(left, "gold", n) for n in STYLES] + [(right, "slope", "DT q99")]:
         at = sorted({r[x] for r in rows if r["method"] == name})
         if not at:
@@ -123,6 +125,8 @@ def draw(figure: Any, rows: list[dict], x: str) -> None:
     for axis, label in (left, "gold reward"), (right, "DT's slope: z got on z asked"):
         axis.set(ylabel=label, xlabel="optimiser steps" if x == "steps" else "labelled samples")
         axis.semilogx(), axis.grid(alpha=0.3)
+        axis.set_xticks([], minor=True)
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
     left.legend(fontsize=7, ncols=2)
     figure.supxlabel(CAPTIONS[x], fontsize=9)
 
@@ -135,6 +139,7 @@ def report(rows: list[dict], out: Path, assets: Path) -> None:
     for x in CAPTIONS:
         here = of_axis(rows, x)
         parts += [table(f"Gold against {x}", here, x, "method"),
+                  table(f"Reward z against {x}", here, x, "method", "z"),
                   table(f"DT's slope against {x}", here, x, "method", "slope"), turns(here, x)]
     for method in "DT q99", "DT guided", "RWR":
         here = [r for r in of_axis(rows, "levers") if r["method"] == method]
