@@ -2769,6 +2769,28 @@ def test_a_report_is_one_page_without_external_files(run, monkeypatch, capsys):
     assert bad.stderr.count("leaderboard.jsonl") == 1
 
 
+def test_the_crossover_does_all_of_it_and_goes_on(run, tmp_path, monkeypatch):
+    shutil.copytree(run[0], tmp_path / "seed0")
+    flags = ("--mini", "--seeds", "0", "--out", tmp_path, "--assets", tmp_path)
+    first = script("benchmarks/crossover.py", *flags)
+    rows = [row for _, row in common.read_jsonl(tmp_path / "results.jsonl")]
+    assert {row["axis"] for row in rows} == {"steps", "levers", "samples", "noise", "round 2"}
+    assert {row["samples"] for row in rows} == {200, 8250} and "Error" not in first.stdout
+    again = script("benchmarks/crossover.py", *flags)
+    assert rows == [row for _, row in common.read_jsonl(tmp_path / "results.jsonl")]
+    text = (tmp_path / "table.md").read_text()
+    assert text in again.stdout and "A second round" in text and "the better filter" in text
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import crossover_report
+    cells = [{"axis": "steps", "seed": seed, "method": method, "steps": steps, "slope": gold / 2,
+              "gold": gold + 0.01 * seed * steps / 200} for seed in range(3)
+             for method, golds in (("DT q99", (0, 2, 3)), ("filter 0.2", (2, 2, 2)))
+             for steps, gold in zip((60, 200, 600), golds)]
+    said = crossover_report.turns(cells, "steps")
+    assert "DT q99 is ahead of both filters from 600 steps on" in said
+    assert "rises most from 60 to 200 steps: 0.00 ± 0.00 to 1.00 ± 0.00" in said
+
+
 def test_plain_language_is_measured_by_the_stated_rules(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     import paired

@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 import numpy as np
 
+import crossover_report
 from measure import pyplot, start
 from paired import comparable
 
@@ -50,6 +51,7 @@ small { opacity: .7; }
 class Config:
     """Which run, and how much of it."""
     out: str = flag("runs/toy", "the run's folder; report.html is written into it")
+    crossover: str = flag("runs/crossover", "crossover.py's folder; its curves are shown, if there")
     conversations: int = flag(20, "held-out prompts that are shown with every policy's reply")
 
 
@@ -172,6 +174,7 @@ def main(cfg: Config) -> None:
                                                     r["seed"])) for r in rows}
     replies = {name: said for name, said in replies.items() if said}
     curves = {p.parent.name: read(p) for p in sorted(folder.glob("[!.]*/metrics.jsonl"))}
+    cells = crossover_report.read(Path(cfg.crossover) / "results.jsonl")
     asked = [r for r in rows if r.get("target") is not None]
     known = [value for value in ("reward", "gold") if all(r.get(value) is not None for r in rows)]
     drawn = {"Reward against compute": known and picture(
@@ -181,6 +184,9 @@ def main(cfg: Config) -> None:
              "Training": curves and picture(lambda f: draw_curves(f, curves),
                                             height=2.4 * math.ceil(len(curves) / 3)),
              "Rewards": "reward" in known and picture(lambda f: draw_rewards(f, replies)),
+             **{f"Toy world: {caption}": crossover_report.of_axis(cells, x) and picture(
+                 lambda f, x=x: crossover_report.draw(f, cells, x), height=4.4)
+                for x, caption in crossover_report.CAPTIONS.items()},
              "What each said": replies and conversations(replies, cfg.conversations)}
     body = "".join(f'<section><h2>{head}</h2><div class="wide">{part}</div></section>'
                    for head, part in [("Policies", table(rows)), *drawn.items()] if part)

@@ -1,0 +1,427 @@
+"""When does conditioning win?  The toy world's methods against optimiser steps and labelled
+samples, DT's levers and RWR's, noisier labels, a second round.
+
+    python benchmarks/crossover.py --tune --jobs 2     # learning rates, on seeds 100 and 101
+    python benchmarks/crossover.py --jobs 2            # all of it: some hours
+    python benchmarks/crossover.py --jobs 16 --deadline_minutes 9   # what matters most comes first
+    python benchmarks/crossover.py --jobs 0            # trains nothing: reports what is there
+    python benchmarks/crossover.py --mini --out runs/mini --assets runs/mini   # a test, no result
+
+A cell is a run of its own with its own schedule, from its seed's base policy, on one thread.
+Finished cells are appended to results.jsonl in --out and not run again; after a change of the code
+give another --out.  table.md goes there, crossover_steps.png and crossover_samples.png into
+--assets.
+
+- Samples: the first 10,000 are the scripts' own (four fifths written, one fifth generated, scored
+  by the seed's reward model), shuffled; more are made alike, from other writers.  A smaller set is
+  the beginning of a larger one.
+- Noise: a Gaussian of so many standard deviations is added to the reward model's scores; `right` is
+  the share of pairs of samples that the labels order as gold does.
+- Random: the control, filtering by rewards that were shuffled over the samples.
+- Slope: least squares of the mean score got on the z asked for, both in the labels' z, over DT's
+  unguided targets.  With noise of sd s even a perfect reader of the tag has 1 / (1 + s^2).
+- Learning rates: --tune tries the same four for each method at each of four step counts and takes
+  the highest mean gold (DT's at q99); `random` takes filtering's.  Step counts between take the
+  nearest one's; without tuned.json all are the scripts' defaults.
+"""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+import typing
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from crossover_report import by_seed, interval, read, report
+from measure import start
+
+import common
+import dt
+import mle_filter
+import reward_model
+import rwr
+from common import Cost, flag
+
+
+@dataclass
+class Config:
+    """How much of it, and where to."""
+    seeds: list[int] = flag([0, 1, 2, 3, 4], "a world, a base policy and a reward model each")
+    jobs: int = flag(1, "worker processes, one thread each; 0: only report")
+    deadline_minutes: float = flag(1e6, "no cell starts later than this")
+    tune: bool = flag(False, "choose the learning rates, on seeds 100 and 101, into tuned.json")
+    mini: bool = flag(False, "all of it at a tiny size, in one world")
+    out: str = flag("runs/crossover", "folder of worlds, results.jsonl, tuned.json and table.md")
+    assets: str = flag("assets", "folder of the pictures")
+
+
+class Sizes(NamedTuple):
+    """How large the cells are."""
+    steps: tuple = (20, 60, 200, 400, 600, 1000, 2000)
+    few_steps: tuple = (200, 600, 60, 2000)  # of levers and tuning
+    samples: tuple = (300, 1_000, 3_000, 10_000, 30_000, 100_000)
+    main_steps: int = 600                    # of the axes other than steps
+    main_samples: int = 10_000               # of the axes other than samples
+    noise: tuple = (1.0, 2.5)                # sd: .70 and .60 of pairs right; without noise .80
+    lrs: tuple = (1e-3, 3e-3, 1e-2, 3e-2)
+    prompts: int = 256                       # replies a cell
+    pairs: Optional[int] = None              # preferences of each ten thousand more; None: 4,000
+    per_prompt: int = 9                      # generated replies, as in the scripts
+
+
+MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, (1.0,), (3e-3, 1e-2), 8, 50, 1)
+TUNING_SEEDS = [100, 101]
+TARGETS = ("q5", "q50", "q95", "q99")
+METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
+           "filter 0.05": (mle_filter, {"keep": 0.05}), "RWR": (rwr, {}),
+           "SFT": (mle_filter, {"keep": 1.0}), "random 0.2": (mle_filter, {"keep": 0.2})}
+# Flags in place of the defaults; `lr_times` and `steps_times` multiply.  What a script does not
+# have, or has by default, is left out.
+LEVERS = {
+    "DT": {"one symbol": {"reward_format": "digit"}, "special token": {"reward_format": "token"},
+           "decimal in 0.5s": {"reward_format": "decimal", "reward_step": 0.5},
+           "the paper's tag": {"reward_format": "decimal", "reward_step": 0.01},
+           "lr x 0.5": {"lr_times": 0.5}, "lr x 2": {"lr_times": 2}, "lr x 4": {"lr_times": 4},
+           "no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
+           "batch 8, 4 x steps": {"batch_size": 8, "steps_times": 4}},
+    "RWR": {"dataset normaliser": {"normaliser": "dataset"},
+            "batch normaliser": {"normaliser": "batch"}, "cap 20": {"w_max": 20.0},
+            "beta 0.1": {"beta": 0.1}, "beta 0.3": {"beta": 0.3}, "beta 0.5": {"beta": 0.5}}}
+
+
+class Job(NamedTuple):
+    """A training run and its evaluation."""
+    axis: str
+    seed: int
+    method: str
+    steps: int
+    samples: int
+    lr: float = 0.0
+    noise: float = 0.0
+    setting: str = ""  # a lever's name
+    flags: dict = {}   # and its flags
+
+    @property
+    def key(self) -> str:
+        return json.dumps(self)
+
+
+def toy(module: Any, **flags: Any) -> Any:
+    """A script's Config with the toy world's defaults."""
+    return module.Config(**{**common.toy_defaults(module.Config), **flags})
+
+
+def changes(method: str, flags: dict) -> bool:
+    """Whether the method's script has these flags and choices, and one is not its default."""
+    module, own = METHODS[method]
+    default, kinds = toy(module, **own), typing.get_type_hints(module.Config)
+    for name, value in flags.items():
+        choices = typing.get_args(kinds.get(name)) if isinstance(value, str) else ()
+        if not name.endswith("_times") and (name not in kinds or choices and value not in choices):
+            return False
+    return any(getattr(default, name, None) != value for name, value in flags.items())
+
+
+def learning_rate(method: str, steps: int, tuned: dict) -> float:
+    """The tuned one of the nearest step count; the script's default where nothing is tuned."""
+    rates = tuned.get("filter 0.2" if method == "random 0.2" else method, {})
+    nearest = min(rates, key=lambda tried: abs(math.log(int(tried) / steps)), default=None)
+    return rates[nearest] if nearest else toy(METHODS[method][0]).lr
+
+
+def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
+    """All cells, what matters most first, each for all seeds in turn."""
+    at, n, jobs, ours = size.main_steps, size.main_samples, [], list(METHODS)
+
+    def add(axis: str, method: str, steps: int, samples: int = n, **more: Any) -> None:
+        if method in METHODS:
+            more.setdefault("lr", learning_rate(method, steps, tuned))
+        jobs.extend(Job(axis, seed, method, steps, samples, **more) for seed in cfg.seeds)
+    if cfg.tune:
+        for steps in sorted(size.few_steps):
+            for method in ours[:5]:
+                for lr in size.lrs:
+                    add("tune", method, steps, lr=lr)
+        return jobs
+    def add_levers(*all_steps: int) -> None:
+        for steps in all_steps:
+            for method, levers in LEVERS.items():
+                for name, flags in levers.items():
+                    if changes(method, flags):
+                        add("levers", method, steps, setting=name, flags=flags)
+
+    def add_samples(methods: list[str]) -> None:
+        for samples in size.samples:
+            for method in methods if samples != n else ():  # n: the axis of steps has that cell
+                add("samples", method, at, samples)
+    contenders, controls = ours[:4], ours[4:]
+    add("steps", "base", 0)
+    for steps in size.steps:
+        for method in contenders:
+            add("steps", method, steps)
+    add_levers(*size.few_steps[:3])
+    for part in range(1, max(2, math.ceil(size.samples[-1] / 10_000))):
+        add("more samples", "", 0, part)
+    add_samples(contenders)
+    for noise in size.noise:
+        for method in contenders:
+            add("noise", method, at, noise=noise)
+    for method in contenders[:2]:
+        add("round 2", method, at)
+    for steps in size.steps:
+        for method in controls:
+            add("steps", method, steps)
+    add_samples(controls)
+    add_levers(*size.few_steps[3:])
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------ cells
+
+
+class World:
+    """A seed's base policy, reward model and samples, built once in a folder for all processes."""
+
+    def __init__(self, out: str, seed: int, size: Sizes):
+        self.seed, self.size, self.folder = seed, size, Path(out) / f"seed{seed}"
+        self.toy = toy(common, out=str(self.folder), seed=seed, samples_per_prompt=size.per_prompt)
+        with self.alone():
+            self.base = common.base_policy(self.toy)
+            self.rm = reward_model.for_run(self.toy, self.base)
+            if not (self.folder / "data" / "test.jsonl").exists():
+                common.toy_data(self.toy)
+        self.score = functools.cache(self.rm.load_scorer)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time builds in the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".building", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def config(self, module: Any, **flags: Any) -> Any:
+        """A script's Config that takes this world as a model and data of one's own."""
+        return toy(module, **{"model": self.base.folder, "preferences": str(self.folder / "data"),
+                              "reward_model": self.rm.folder, "seed": self.seed, "save_every": 0,
+                              "slots": 128, **flags})
+
+    def part(self, k: int) -> list[dict]:
+        """The k-th ten thousand labelled samples, shuffled, from writers of their own."""
+        folder = self.folder / f"more{k}" if k else self.folder
+        with self.alone():
+            if not (folder / "samples.json").exists():
+                common.labelled_samples(self.more(folder, k) if k else self.toy, self.base, self.rm)
+        rows = [row for _, row in common.read_jsonl(folder / "samples.jsonl")]
+        return [rows[i] for i in np.random.default_rng(k).permutation(len(rows))]
+
+    def more(self, folder: Path, k: int) -> Any:
+        """The Config that labels other writers' replies as the toy world's own run does."""
+        seed = self.seed + 1000 * k
+        data = common.toy_data(toy(common, out=str(folder), seed=seed))
+        return self.config(common, out=str(folder), seed=seed, preferences=data,
+                           max_pairs=self.size.pairs, samples_per_prompt=self.size.per_prompt)
+
+    def rows(self, count: int) -> list[dict]:
+        """The first so many samples."""
+        found, k = [], 0
+        while len(found) < count:
+            found += self.part(k)
+            k += 1
+        return found[:count]
+
+    def read(self, rows: list[dict], rewards: Any) -> common.Samples:
+        """These samples with these rewards, by the scripts' own --samples."""
+        folder = tempfile.mkdtemp()
+        cfg = self.config(common, out=folder, samples=f"{folder}/labelled.jsonl")
+        common.write_beside(Path(cfg.samples), [json.dumps({**row, "reward": float(reward)})
+                                                for row, reward in zip(rows, rewards)])
+        return common.labelled_samples(cfg, self.base, None)
+
+    def train(self, job: Job, samples: common.Samples, folder: str) -> Any:
+        """Trains the job's policy into the folder; returns its Config."""
+        module, own = METHODS[job.method]
+        flags = {**own, "lr": job.lr, "steps": job.steps, "seed": job.seed, **job.flags}
+        flags["lr"] *= flags.pop("lr_times", 1)
+        flags["steps"] *= flags.pop("steps_times", 1)
+        cfg = self.config(module, **flags)
+        os.makedirs(folder)
+        module.train(cfg, self.base, samples, Path(folder), Cost())
+        return cfg
+
+    def answer(self, folder: str, cfg: Any, prompts: list[str], tag: str = "",
+               guidance: float = 0.0) -> list[dict]:
+        """A policy's replies, with the reward model's score and gold."""
+        codec, model = common.Codec(folder, cfg), common.load_model(folder, torch.float32)
+        plain, tag_ids = codec.prompts(prompts), codec.continuations([tag])[0]
+        said = common.sample(model, [ids + tag_ids for ids in plain], cfg, cfg.seed + 1_000_003,
+                             codec.stop_ids, Cost(), plain, guidance)
+        texts, cut = [codec.decode(r) for r in said], [r.truncated for r in said]
+        return [{"prompt": p, "response": t, "truncated": c, "reward": score,
+                 "gold": common.gold_reward(p, t, c)}
+                for p, t, c, score in zip(prompts, texts, cut,
+                                          self.score()(prompts, texts, cut, Cost()))]
+
+    def evaluate(self, job: Job, samples: common.Samples, folder: str, cfg: Any) -> list[dict]:
+        """A row for each way to ask the policy: gold and z of its replies to held-out prompts."""
+        prompts, rows = repeated(common.split_prompts(cfg, True), self.size.prompts), []
+        for name, z, tag, guidance in ways_to_ask(job.method, samples, cfg):
+            said = self.answer(folder, cfg, prompts, tag, guidance)
+            gold = np.array([r["gold"] for r in said])
+            rows.append({"method": name, "asked": z, "gold": float(gold.mean()),
+                         "gold_error": float(gold.std() / math.sqrt(len(gold))),
+                         "z": float(samples.z([r["reward"] for r in said]).mean())})
+        if job.method == "DT":
+            asked, got = zip(*((r["asked"], r["z"]) for r in rows[:len(TARGETS)]))
+            rows[len(TARGETS) - 1]["slope"] = float(np.polyfit(asked, got, 1)[0])  # q99's row
+        return rows
+
+    def second_round(self, job: Job, samples: common.Samples, folder: str) -> list[dict]:
+        """Replies of the best policy of a first round, labelled; then the same training, from the
+        base policy, on them alone and with the old ones."""
+        cfg = self.train(job, samples, f"{folder}/first")
+        prompts = repeated(common.split_prompts(cfg, False), job.samples)
+        _, _, tag, guidance = ways_to_ask(job.method, samples, cfg)[-1]
+        new, rows = self.answer(f"{folder}/first", cfg, prompts, tag, guidance), []
+        for setting, kept in ("new", new), ("old and new", self.rows(job.samples) + new):
+            again = self.read(kept, [row["reward"] for row in kept])
+            cfg = self.train(job, again, f"{folder}/{setting}")
+            rows += [{**row, "setting": setting}
+                     for row in self.evaluate(job, again, f"{folder}/{setting}", cfg)]
+        return rows
+
+
+def repeated(prompts: list, count: int) -> list:
+    """So many prompts, each as often as another."""
+    return (prompts * math.ceil(count / len(prompts)))[:count]
+
+
+def ways_to_ask(method: str, samples: common.Samples, cfg: Any) -> list[tuple]:
+    """(name, z asked for, tag, guidance) of each; the last is the best."""
+    if method != "DT":
+        return [(method, None, "", 0.0)]
+    asked = [dt.target_reward(target, samples.z(samples.rewards)) for target in TARGETS]
+    ways = [(f"DT {t}", z, dt.reward_tag(z, cfg), 0.0) for t, z in zip(TARGETS, asked)]
+    return ways + [("DT guided", *ways[-1][1:3], g) for g in cfg.guidance if g]
+
+
+world = functools.cache(World)
+
+
+@functools.lru_cache(maxsize=3)
+def labelled(home: World, count: int, noise: float, shuffled: bool) -> tuple:
+    """So many samples, and the share of pairs that their labels order as gold does."""
+    rows, rng = home.rows(count), np.random.default_rng((home.seed, count))
+    rewards = np.array([row["reward"] for row in rows])
+    rewards += noise * rewards.std() * rng.standard_normal(count)
+    if shuffled:
+        rng.shuffle(rewards)
+    gold = [common.gold_reward(r["prompt"], r["response"], r["truncated"]) for r in rows[:5000]]
+    order = np.sign(np.diff(gold)) * np.sign(np.diff(rewards[:5000]))
+    return home.read(rows, rewards), float((order[order != 0] > 0).mean())
+
+
+def run(job: Job, cfg: Config, deadline: float) -> Optional[list[dict]]:
+    """A job's rows; None where it is too late to begin."""
+    if time.time() > deadline:
+        return None
+    with open(Path(cfg.out) / "log.txt", "a") as log, contextlib.redirect_stdout(log), \
+            contextlib.redirect_stderr(log), tempfile.TemporaryDirectory() as folder:
+        home = world(cfg.out, 0 if cfg.mini else job.seed, MINI if cfg.mini else Sizes())
+        if job.axis == "more samples":
+            home.part(job.samples)
+            return []
+        begun = time.process_time()
+        samples, right = labelled(home, job.samples, job.noise, job.method.startswith("random"))
+        if job.method == "base":
+            rows = home.evaluate(job, samples, home.base.folder,
+                                 home.config(common, seed=job.seed))
+        elif job.axis == "round 2":
+            rows = home.second_round(job, samples, folder)
+        else:
+            policy = f"{folder}/policy"
+            rows = home.evaluate(job, samples, policy, home.train(job, samples, policy))
+    known = {**job._asdict(), "job": job.key, "right": right,
+             "cpu_seconds": round(time.process_time() - begun, 2)}
+    return [{**known, **row} for row in rows]
+
+
+def begin(scratch: str) -> None:
+    """A worker's start: one thread, scratch files where the parent removes them; no compiling,
+    which takes longer than it saves."""
+    tempfile.tempdir = scratch
+    torch.set_num_threads(1)
+    torch.compiler.set_stance("force_eager")
+    common.quieten_libraries()
+
+
+def work(cfg: Config, jobs: list[Job], file: Path) -> None:
+    """Runs the jobs that are not in the file yet; appends each one's rows as it ends."""
+    done = {row["job"] for row in read(file)}
+    missing = [job for job in jobs if job.key not in done]
+    os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # of the workers
+    begun, late = time.time(), 0
+    with tempfile.TemporaryDirectory(dir=cfg.out) as scratch, ProcessPoolExecutor(
+            cfg.jobs, multiprocessing.get_context("spawn"), begin, (scratch,)) as pool:
+        ends = {pool.submit(run, job, cfg, begun + 60 * cfg.deadline_minutes): job
+                for job in missing}
+        for i, end in enumerate(as_completed(ends)):
+            try:
+                rows = end.result()
+            except Exception as problem:  # one cell's trouble is not another's
+                print(f"{ends[end].key}: {type(problem).__name__}: {problem}", flush=True)
+                continue
+            late += rows is None
+            if rows:
+                with open(file, "a") as f:
+                    f.write("".join(json.dumps(row) + "\n" for row in rows))
+                print(f"{i + 1} of {len(missing)}, {time.time() - begun:.0f} s: {ends[end].key} "
+                      f"{rows[-1]['method']}: gold {rows[-1]['gold']:.2f}", flush=True)
+    if late:
+        print(f"out of time: the same command does the {late} jobs that are left")
+
+
+def choose(rows: list[dict], file: Path) -> None:
+    """Writes the learning rate of the highest mean gold for each method and step count."""
+    tuned: dict[str, dict[str, float]] = {}
+    for method in list(METHODS)[:5]:
+        name = "DT q99" if method == "DT" else method
+        for steps in sorted({r["steps"] for r in rows if r["method"] == name}):
+            gold = {lr: interval(found.values())[0] for lr in sorted({r["lr"] for r in rows})
+                    if (found := by_seed(rows, "gold", method=name, steps=steps, lr=lr))}
+            tuned.setdefault(method, {})[str(steps)] = max(gold, key=gold.get)
+            print(f"{name}, {steps} steps: " + ", ".join(f"lr {lr:g}: gold {g:.2f}"
+                                                         for lr, g in gold.items()))
+    common.write_beside(file, [json.dumps(tuned)])
+
+
+def main(cfg: Config) -> None:
+    """Runs what is missing, then reports, or chooses learning rates."""
+    out, cfg.seeds = Path(cfg.out), TUNING_SEEDS if cfg.tune else cfg.seeds
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = plan(cfg, MINI if cfg.mini else Sizes(), common.read_record(out / "tuned.json"))
+    if cfg.jobs:
+        work(cfg, jobs, out / "results.jsonl")
+    wanted = {job.key for job in jobs}
+    rows = [row for row in read(out / "results.jsonl") if row["job"] in wanted]
+    common.require(rows, f"{out}/results.jsonl: no such cells there yet")
+    if cfg.tune:
+        choose(rows, out / "tuned.json")
+    else:
+        report(rows, out, Path(cfg.assets))
+
+
+if __name__ == "__main__":
+    start(main, Config)
