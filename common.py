@@ -1344,10 +1344,8 @@ class Batch:
         shares = group_by_token_budget([len(e.ids) for e in examples], cfg.forward_tokens, True)
         self.micros = [collate([examples[i] for i in share or [0]], bool(share))
                        for share in shares]
-        counts = [e.mask.sum() for e in examples]
-        self.tokens = int(sum(counts))  # of responses, all ranks together
-        total = float(np.dot([e.weight for e in examples], counts))
-        self.normaliser = (total if total > 1e-20 else 1.0) / world_size()  # DDP averages
+        self.tokens = int(sum(e.mask.sum() for e in examples))  # of responses, on all ranks
+        self.normaliser = max(1, self.tokens) / world_size()    # DDP averages over ranks
 
 
 def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:

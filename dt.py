@@ -7,11 +7,11 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A tag that stands for z_i is appended to the prompt, in the paper `{prompt} <rm_score>: 1.52 `, and
-the response follows; all samples are learnt from.  (Hu et al. 2023, arXiv 2308.12050, "conditional
-alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without this tag, so that
-guidance has its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out: returns-to-go at each
-token, as the reward comes once.
+A tag that stands for z_i is appended to the prompt: a digit, `{prompt} 7`, or the paper's `{prompt}
+<rm_score>: 1.52 `.  The response follows; all samples are learnt from.  (Hu et al. 2023, arXiv
+2308.12050, "conditional alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without
+this tag, so that guidance has its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out:
+returns-to-go at each token, as the reward comes once.
 
     python dt.py                                               the toy world, one CPU
     torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
@@ -41,12 +41,13 @@ class Config(common.Config):
                                  "0: none", "[0, 1000]")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some",
                                     "[0, 1)", stage="training")
-    reward_format: Literal["decimal", "digit", "symbol", "token"] = flag(
-        "decimal", "decimal: the paper's ` <rm_score>: 1.52 `; digit: the same with one digit, 4 "
-        "is the mean and 5 a step above it; symbol: that digit alone; token: a new token for each "
-        "eighth of the samples, by reward", toy="digit", stage="training")
-    reward_step: float = flag(0.01, "the reward in the tag is rounded to this", "[0.01, inf)",
-                              toy=0.5, stage="training")
+    reward_format: Literal["digit", "decimal", "token"] = flag(
+        "digit", "digit: ` 5`, 4 is the mean and 5 a step above it; decimal: the paper's "
+        "` <rm_score>: 1.52 `; token: a new token for each eighth of the samples, by reward",
+        stage="training")
+    reward_step: Optional[float] = flag(
+        None, "z is rounded to this in the tag [digit: 0.5, decimal: 0.01]", "[0.01, inf)",
+        stage="training")
     watch_slope: int = flag(16, "held-out prompts answered at a low and a high target before each "
                             "checkpoint, to see whether the tag is heeded; 0: none", "[0, inf)",
                             toy=32)
@@ -60,8 +61,10 @@ class Config(common.Config):
         common.require(not any(self.guidance) or self.condition_dropout > 0,
                        "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
         common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
-        common.require(self.reward_format in ("decimal", "token") or self.reward_step >= 0.1,
-                       f"--reward_format {self.reward_format} has ten steps: "
+        if self.reward_step is None:
+            self.reward_step = 0.01 if self.reward_format == "decimal" else 0.5
+        common.require(self.reward_format != "digit" or self.reward_step >= 0.1,
+                       "--reward_format digit has ten steps: "
                        f"{self.reward_step} is too small a --reward_step")
         for target in self.target:
             target_reward(target, np.zeros(1))  # a mistyped one fails here, before any training
@@ -101,8 +104,7 @@ def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
     steps = round(z / cfg.reward_step)
     if cfg.reward_format == "decimal":
         return f" <rm_score>: {steps * cfg.reward_step:.2f} "
-    digit = min(max(steps + 4, 0), 9)
-    return f" {digit}" if cfg.reward_format == "symbol" else f" <rm_score>: {digit} "
+    return f" {min(max(steps + 4, 0), 9)}"
 
 
 def bin_edges(z: np.ndarray) -> np.ndarray:
@@ -130,9 +132,8 @@ def add_reward_to_chat_template(template: Any, target: float, edges: np.ndarray,
                 for name, t in template.items()}
     z = f"(reward | default({target!r}))"
     steps = f"({z} / {cfg.reward_step}) | round | int"
-    digit = f"([[{steps} + 4, 0] | max, 9] | min)"
-    tag = {"decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
-           "digit": f"' <rm_score>: ' ~ {digit} ~ ' '", "symbol": f"' ' ~ {digit}",
+    tag = {"digit": f"' ' ~ ([[{steps} + 4, 0] | max, 9] | min)",
+           "decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
            "token": f"'<|reward_' ~ ({edges.tolist()} | select('lt', {z}) | list | length) ~ '|>'"}
     return (template + "{% if add_generation_prompt and reward is not none %}{{ "
             + tag[cfg.reward_format] + " }}{% endif %}")

@@ -1,14 +1,15 @@
 """Reward-weighted regression: imitate every response, the better the more.
 
-    w_i = min(exp(z_i / beta), w_max)
-    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i w_i |y_i|
+    w_i = min(exp(z_i / beta), w_max) / their mean over all samples
+    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i |y_i|
 
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
 A weight where mle_filter.py has a threshold; it multiplies a response's sum over tokens, not its
-mean.  By default all z above 0.75 reach the cap, which is AWR's.  (Peters & Schaal 2007; Peng et
-al. 2019, arXiv 1910.00177.)  Left out: AWR's learnt baseline.
+mean, and a batch of poor responses counts less than one of good ones.  By default all z above 0.75
+reach the cap, which is AWR's.  (Peters & Schaal 2007; Peng et al. 2019, arXiv 1910.00177.)  Left
+out: AWR's learnt baseline.
 
     python rwr.py                                              the toy world, one CPU
     torchrun --nproc_per_node=8 rwr.py --model MODEL --preferences PAIRS --out runs/mine
@@ -35,9 +36,6 @@ class Config(common.Config):
     w_max: float = flag(20.0, "cap on a weight; 0: none", "[0, inf)", toy=0.0, stage="training")
     weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`",
                                                stage="training")
-    normaliser: Literal["batch", "samples"] = flag(
-        "batch", "L's denominator: the batch's own weights, or their mean over all samples",
-        stage="training")
     lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
                      toy=2e-3, stage="training")
     steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
@@ -65,10 +63,7 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor,
 
 
 def weigh(z: np.ndarray, beta: float, w_max: float) -> np.ndarray:
-    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], so that none overflows.
-
-    L does not change: it divides by the sum of weights.
-    """
+    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], so that none overflows."""
     log_w = np.minimum(z / beta, np.log(w_max) if w_max else np.inf)
     return np.exp(log_w - log_w.max())
 
@@ -81,9 +76,7 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
                    "--weights given: every sample needs a `weight`, and one must be above 0")
     print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
            f"{len(weight):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
-    if cfg.normaliser == "samples":  # the weights' mean over all response tokens is 1
-        weight = weight / np.average(weight, weights=samples.tokens.response_tokens)
-    return Examples(samples.tokens, weight=weight)
+    return Examples(samples.tokens, weight=weight / weight.mean())
 
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> None:
@@ -97,14 +90,12 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         for step, batch in run.steps(examples):
-            # L's denominator / ranks, as DDP averages gradients over ranks
-            normaliser = (batch.normaliser if cfg.normaliser == "batch" else
-                          batch.tokens / common.world_size())
+            # batch.normaliser: L's denominator / ranks, as DDP averages gradients over ranks
             loss = 0.0
             lr = schedule.get_last_lr()[0]
             for micro in batch.micros:  # packed sequences, this rank's share of the step
                 policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
-                part = policy(micro, weighted_nll_, micro.weight) / normaliser
+                part = policy(micro, weighted_nll_, micro.weight) / batch.normaliser
                 part.backward()
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

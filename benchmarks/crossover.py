@@ -90,14 +90,13 @@ METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
 # Flags in place of the defaults; `lr_times` and `steps_times` multiply.  What a script does not
 # have, or has by default, is left out.
 LEVERS = {
-    "DT": {"one symbol": {"reward_format": "digit"}, "special token": {"reward_format": "token"},
+    "DT": {"special token": {"reward_format": "token"},
            "decimal in 0.5s": {"reward_format": "decimal", "reward_step": 0.5},
            "the paper's tag": {"reward_format": "decimal", "reward_step": 0.01},
            "lr x 0.5": {"lr_times": 0.5}, "lr x 2": {"lr_times": 2}, "lr x 4": {"lr_times": 4},
            "no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
            "batch 8, 4 x steps": {"batch_size": 8, "steps_times": 4}},
-    "RWR": {"dataset normaliser": {"normaliser": "dataset"},
-            "batch normaliser": {"normaliser": "batch"}, "cap 20": {"w_max": 20.0},
+    "RWR": {"cap 20": {"w_max": 20.0},
             "beta 0.1": {"beta": 0.1}, "beta 0.3": {"beta": 0.3}, "beta 0.5": {"beta": 0.5}}}
 
 
@@ -265,7 +264,7 @@ class World:
                guidance: float = 0.0) -> list[dict]:
         """A policy's replies, with the reward model's score and gold."""
         codec, model = common.Codec(folder, cfg), common.load_model(folder, torch.float32)
-        plain, tag_ids = codec.prompts(prompts), codec.continuations([tag])[0]
+        plain, tag_ids = codec.prompts(prompts), dt.tag_ids(tag, codec)
         said = common.sample(model, [ids + tag_ids for ids in plain], cfg, cfg.seed + 1_000_003,
                              codec.stop_ids, Cost(), plain, guidance)
         texts, cut = [codec.decode(r) for r in said], [r.truncated for r in said]
@@ -312,8 +311,9 @@ def ways_to_ask(method: str, samples: common.Samples, cfg: Any) -> list[tuple]:
     """(name, z asked for, tag, guidance) of each; the last is the best."""
     if method != "DT":
         return [(method, None, "", 0.0)]
-    asked = [dt.target_reward(target, samples.z(samples.rewards)) for target in TARGETS]
-    ways = [(f"DT {t}", z, dt.reward_tag(z, cfg), 0.0) for t, z in zip(TARGETS, asked)]
+    scores = samples.z(samples.rewards)
+    edges, asked = dt.bin_edges(scores), [dt.target_reward(t, scores) for t in TARGETS]
+    ways = [(f"DT {t}", z, dt.reward_tag(z, edges, cfg), 0.0) for t, z in zip(TARGETS, asked)]
     return ways + [("DT guided", *ways[-1][1:3], g) for g in cfg.guidance if g]
 
 

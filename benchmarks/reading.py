@@ -70,7 +70,7 @@ class Config:
     rm_lr: float = flag(2e-4, "of the reward model; at 3e-5 it learns next to nothing from so few")
     lr: float = flag(5e-4, "of the offline methods")
     batch_size: int = flag(32, "sequences per optimiser step, of the offline methods")
-    reward_format: str = flag("decimal", "of DT's tag: decimal, symbol or token")
+    reward_format: str = flag("digit", "of DT's tag: digit, decimal or token")
     steps: list[str] = flag([], "optimiser steps, in place of a pass over all: a number for all "
                             "offline methods, or sft=31; of PPO, iterations in place of 8")
     jobs: int = flag(1, "methods trained and evaluated at a time", "[1, inf)")

@@ -21,7 +21,7 @@ import common
 import dt
 from common import flag
 
-FORMATS = {"decimal": 0.01, "digit": 0.5, "symbol": 0.5}  # and --reward_step
+FORMATS = {"decimal": 0.01, "digit": 0.5}  # and --reward_step
 ASKED = [(-1.0, 1.5), (0.5, 1.0)]  # z, lower and higher
 
 
