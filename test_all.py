@@ -1077,7 +1077,8 @@ def test_dt_takes_its_loss_over_the_response_alone(codec):
     micro = common.collate([found.example(0)])
     assert codec.tokenizer.decode(micro.targets) == " reply 0" + codec.tokenizer.eos_token
     batch, = batches_of(found, cfg)
-    assert sorted(batch.lengths) == sorted(len(found.example(i).ids) for i in range(2))
+    lengths = [n for micro in batch.micros for n in micro.lengths]
+    assert sorted(lengths) == sorted(len(found.example(i).ids) for i in range(2))
 
 
 def test_dt_rounds_the_reward():
