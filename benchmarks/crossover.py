@@ -200,7 +200,7 @@ class World:
             self.base = common.base_policy(self.toy)
             self.rm = reward_model.for_run(self.toy, self.base)
             if not (self.folder / "data" / "test.jsonl").exists():
-                common.toy_data(self.toy)
+                common.toy_data(self.toy.out, self.toy.seed)
         self.score = functools.cache(self.rm.load_scorer)
 
     @contextlib.contextmanager
@@ -229,7 +229,7 @@ class World:
     def more(self, folder: Path, k: int) -> Any:
         """The Config that labels other writers' replies as the toy world's own run does."""
         seed = self.seed + 1000 * k
-        data = common.toy_data(toy(common, out=str(folder), seed=seed))
+        data = common.toy_data(str(folder), seed)
         return self.config(common, out=str(folder), seed=seed, preferences=data,
                            max_pairs=self.size.pairs, samples_per_prompt=self.size.per_prompt)
 
