@@ -1083,7 +1083,7 @@ def parsed_rows(source: str, columns: set[str], parse: Callable, use: str = "") 
     if left:
         said.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
     said += [f"{count:,} {what}" for what, count in notes.items() if count]
-    if unread:
+    if unread and not use:
         said.append("columns not read: " + ", ".join(sorted(unread)))
     print0(f"  {source}: {'; '.join(said)}")
 

@@ -2790,6 +2790,16 @@ def test_the_crossover_does_all_of_it_and_goes_on(run, tmp_path, monkeypatch):
     assert "rises most from 60 to 200 steps: 0.00 ± 0.00 to 1.00 ± 0.00" in said
 
 
+def test_one_pair_moves_each_algorithm_as_the_notebook_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import one_pair
+    chosen, rejected = (dict(zip(one_pair.changes, side))
+                        for side in zip(*one_pair.changes.values()))
+    assert chosen["mle_filter"] > rejected["mle_filter"] and chosen["rwr"] > rejected["rwr"]
+    assert chosen["dt"] > 0 and rejected["dt"] > 0, "each after its own tag"
+    assert chosen["ppo"] > 0 > rejected["ppo"]
+
+
 def test_plain_language_is_measured_by_the_stated_rules(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     import paired
