@@ -1,7 +1,7 @@
 """MLE with filtering: keep the best responses, forget their rewards, imitate.
 
     w_i = 1 if z_i is among the highest `keep` share of all samples, else 0
-    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i w_i |y_i|
+    L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i |y_i|
 
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
