@@ -36,7 +36,7 @@ from common import Cost, Examples, Samples, Stage, flag, print0
 class Config(common.Config):
     """The algorithm's own flags."""
     target: list[str] = flag(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, "
-                             "quantiles (q95), none; the last in training is the policy's default")
+                             "quantiles (q95), none; the last, at training, is the default")
     guidance: list[float] = flag([0.5], "a row more for each: the last target, guided by this g; "
                                  "0: none", "[0, 1000]")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some",
@@ -174,7 +174,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
     codec = common.Codec(base.folder, cfg)
     new_tokens = TOKENS if cfg.reward_format == "token" else ()
     policy = common.load_policy(base.folder, cfg, codec=codec, new_tokens=new_tokens)
-    watch = slope_watcher(cfg, base, codec, samples, rm)
+    watch = slope_watcher(cfg, codec, samples, rm)
     examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
@@ -209,7 +209,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
                           "default_target": target, "default_tag": tag}}
 
 
-def slope_watcher(cfg: Config, base: Stage, codec: common.Codec, samples: Samples,
+def slope_watcher(cfg: Config, codec: common.Codec, samples: Samples,
                   rm: Optional[Stage]) -> Optional[Callable[[torch.nn.Module, int], float]]:
     """watch(policy, step): how much higher a reward z the policy gets for a z of one more that it
     is asked for, from --watch_slope held-out prompts."""
@@ -272,10 +272,11 @@ def report_slope(variants: list[common.Variant], replies: dict[str, list[dict]],
 
 ABOUT = """
 The target reward is appended to the prompt, in standard deviations from the mean of the samples,
-rounded; white space counts. `condition` in run.json holds the template, its step and format, the
-rewards' mean and standard deviation, and the default target. A chat template here writes the tag
-itself: `apply_chat_template(messages, add_generation_prompt=True, reward=2.0)`. Guided by g,
-towards the target and away from what the policy says without one:
+rounded; white space counts. `condition` in run.json holds the tag's format and step, the edges of
+the eighths, the rewards' mean and standard deviation, the default target and its tag. A chat
+template here writes the tag itself:
+`apply_chat_template(messages, add_generation_prompt=True, reward=2.0)`. Guided by g, towards the
+target and away from what the policy says without one:
 
 ```python
 plain = tokenizer(prompt, return_tensors="pt").input_ids  # no tag; of chat: reward=None

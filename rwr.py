@@ -6,10 +6,10 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A weight where mle_filter.py has a threshold; it multiplies a response's sum over tokens, not its
-mean, and a batch of poor responses counts less than one of good ones.  By default all z above 0.75
-reach the cap, which is AWR's.  (Peters & Schaal 2007; Peng et al. 2019, arXiv 1910.00177.)  Left
-out: AWR's learnt baseline.
+The weight multiplies a response's sum over tokens, not its mean, and a batch of poor responses
+counts less than one of good ones.  With a model's defaults all z above 0.75 reach w_max = 20, AWR's
+cap; the toy world has none.  With --weights given, w_i are the file's, of mean 1.  (Peters & Schaal
+2007; Peng et al. 2019, arXiv 1910.00177.)  Left out: AWR's learnt baseline.
 
     python rwr.py                                              the toy world, one CPU
     torchrun --nproc_per_node=8 rwr.py --model MODEL --preferences PAIRS --out runs/mine
