@@ -481,7 +481,7 @@ def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost
         write_record(work / "run.json", wanted, cost, **more)
         put_in_place(work, folder)
     record = read_record(folder / "run.json")
-    cost = Cost(**{f.name: record["cost"].get(f.name, 0) for f in fields(Cost)})
+    cost = Cost(**{f.name: record.get("cost", {}).get(f.name, 0) for f in fields(Cost)})
     return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]), cost)
 
 
@@ -1292,9 +1292,10 @@ class Tokens:
                     ends.append(ends[-1] + len(ids))
             np.save(folder / "offsets.npy", np.array(ends))
         barrier()
-        self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
-        self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
         self.offsets = np.load(folder / "offsets.npy")  # (n + 1,)
+        if self.offsets[-1]:  # an empty file cannot be mapped
+            self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
+            self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
         self.lengths = np.diff(self.offsets)            # (n,)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1613,8 +1614,9 @@ def load_policy(name: str, cfg: Config, frozen: bool = False, codec: Optional[Co
         return add_embeddings(model, first, len(codec.tokenizer)) if new_tokens else model
     policy = Policy(load_for_training(load, cfg).requires_grad_(not frozen), cfg)
     if new_tokens:
-        never = list(range(first, len(codec.tokenizer)))
-        policy.model.generation_config.suppress_tokens = never
+        config, never = policy.model.generation_config, codec.tokenizer.convert_tokens_to_ids(
+            list(new_tokens))
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *never})
     return policy if whole else wrap_for_ranks(policy, cfg, "log_probs")
 
 
@@ -2102,17 +2104,18 @@ def generate(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: 
         prompts = [prompt for i in rows.tolist() for prompt in paths[i]]            # (R * ways)
         lengths = [len(prompt) for prompt in prompts]
         cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
-        width = max(lengths)
+        width, least = max(lengths), lengths.index(min(lengths))
+        shortest = torch.tensor([prompts[least]], device=device())
+        alone = model(shortest, use_cache=False).logits[0, -1]
         ids = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
         mask = torch.tensor([[0] * (width - m) + [1] * m for m in lengths], device=device())
 
         def ours(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             t = tokens.shape[1] - width  # noqa: B023
-            if t == 0 and lengths[0] < width:  # noqa: B023  was it read as it is alone?
-                first = torch.tensor(prompts[:1], device=device())  # noqa: B023
-                alone = model(first, use_cache=False).logits[0, -1]
-                require((scores[0] - alone).std() < 0.2 * alone.std(), f"a {type(model).__name__} "
-                        "reads padded prompts wrongly; give --slots 1, and --guidance 0")
+            if t == 0 and lengths[least] < width:  # noqa: B023  was it read as it is alone?
+                require((scores[least] - alone).std() < 0.2 * alone.std(),  # noqa: B023
+                        f"a {type(model).__name__} reads padded prompts wrongly; give --slots 1, "
+                        "and --guidance 0")
             token, log_p = choose(scores, uniform[rows, t], never, cfg.temperature,  # noqa: B023
                                   cfg.top_p, guidance)
             said[rows, t], log_probs[rows, t] = token, log_p.double()  # noqa: B023
@@ -2149,9 +2152,9 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, never: torch.Tensor, tem
     if guidance:
         conditional, unconditional = logits.float().log_softmax(-1).unflatten(0, (-1, 2)).unbind(1)
         logits = (1 + guidance) * conditional - guidance * unconditional
-    logits = logits.index_fill(-1, never, -math.inf)
     log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)                     # (R, V)
-    token = log_p.argmax(-1) if temperature == 0 else draw(log_p, uniform, top_p)
+    allowed = log_p.index_fill(-1, never, -math.inf)
+    token = allowed.argmax(-1) if temperature == 0 else draw(allowed, uniform, top_p)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
@@ -2226,7 +2229,10 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
     """
     wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
     record, work = path.with_suffix(".json"), path.with_name(f".samples.{fingerprint(wanted)}")
-    if not is_fresh("samples", record, wanted) or not path.exists():
+    if rank() == 0 and not path.exists():
+        record.unlink(missing_ok=True)
+    barrier()
+    if not is_fresh("samples", record, wanted):
         given, prompts = rows_to_label(cfg, held_out)
         model, score, count = None, rm.load_scorer(), len(given) + len(prompts)
         before = gather(read_record(max(work.glob("[0-9]*"), default=work / "none")))[0]
@@ -2262,7 +2268,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
         write_record(record, wanted, total, costs=costs)
     for old in path.parent.glob(".samples.*") if rank() == 0 else ():
         shutil.rmtree(old, ignore_errors=True)
-    costs = {name: Cost(**cost) for name, cost in read_record(record)["costs"].items()}
+    costs = {name: Cost(**cost) for name, cost in read_record(record).get("costs", {}).items()}
     return {"reward_model": rm.cost, **costs}
 
 
@@ -2445,7 +2451,7 @@ def means(replies: list[dict], base: list[dict]) -> dict:
     ties half; perplexity is a token's, under the base policy at the sampling temperature."""
     mean = {name: None if replies[0][name] is None else float(np.mean([r[name] for r in replies]))
             for name in ("gold", "reward", "kl", "tokens", "truncated", "base_log_prob")}
-    wins = [np.sign(r["reward"] - b["reward"]) / 2 + 0.5 for r, b in zip(replies, base)
+    wins = [np.sign(round(r["reward"] - b["reward"], 5)) / 2 + 0.5 for r, b in zip(replies, base)
             if mean["reward"] is not None]
     words = [r["response"].split() for r in replies]
     bigrams = [pair for w in words for pair in zip(w, w[1:])]

@@ -213,11 +213,12 @@ def slope_watcher(cfg: Config, codec: common.Codec, samples: Samples,
                   rm: Optional[Stage]) -> Optional[Callable[[torch.nn.Module, int], float]]:
     """watch(policy, step): how much higher a reward z the policy gets for a z of one more that it
     is asked for, from --watch_slope held-out prompts."""
-    if not (cfg.watch_slope and rm):
-        return None
     prompts = common.split_prompts(cfg, held_out=True)[:cfg.watch_slope]
-    z, score = samples.z(samples.rewards), rm.load_scorer()
+    z = samples.z(samples.rewards)
     targets = [float(np.quantile(z, q)) for q in (0.05, 0.95)]
+    if not (prompts and rm and targets[0] < targets[1]):
+        return None
+    score = rm.load_scorer()
     ids = [prompt + tag_ids(reward_tag(target, bin_edges(z), cfg), codec)
            for target in targets for prompt in codec.prompts(prompts)]
 

@@ -1145,6 +1145,16 @@ def test_dt_with_new_tokens_starts_them_at_the_mean_and_never_samples_them(codec
         found, = common.sample(policy, [[5, 6, tag]], cfg, 0, theirs.stop_ids, Cost(), [[5, 6]],
                                guidance)
         assert max(found.ids) < size and np.isfinite(found.log_probs).all()
+    again = common.load_policy(str(tmp_path), cfg, False, Codec(str(tmp_path), cfg), dt.TOKENS)
+    assert again.model.generation_config.suppress_tokens == list(range(size, size + 8))
+
+
+def test_a_samples_file_without_a_usable_row_is_one_sentence(codec, tmp_path):
+    file = tmp_path / "none.jsonl"
+    file.write_text('{"prompt": "a", "response": null, "reward": 1}\n')
+    with pytest.raises(BadInput, match="no sample in it to train on"):
+        common.read_samples(str(file), set(), codec, tmp_path / "tokens", costs={},
+                            labelled_by=None, fingerprint="")
 
 
 def test_dt_watches_its_slope_before_each_checkpoint(run):
