@@ -27,7 +27,9 @@ import random
 import re
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import warnings
@@ -601,6 +603,7 @@ def write_beside(path: Path, lines: Iterable[str]) -> None:
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same after each digit was set apart, as SmolLM2 does: there white space ends at a digit, too.
 DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+TEMPLATE_SECONDS = 20  # that a chat template may take for a conversation
 PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍"
          "\U0001f469‍\U0001f467\U0001f3fd \r\nx  7  y   \n 3.14e-10 ½²³ <|endoftext|>user <s></s>"
          "[INST] don't WE'LL I'd   trailing   ", "    def f(x):\n        return x**2  # \t\t!\n\n",
@@ -697,7 +700,8 @@ class Codec:
 
     def _render(self, messages: list[dict], **more: Any) -> Any:
         try:
-            found = self.tokenizer.apply_chat_template(messages, **more)
+            with time_limit(TEMPLATE_SECONDS):
+                found = self.tokenizer.apply_chat_template(messages, **more)
         except Exception as problem:  # a template is a program, and may fail as one
             why = " ".join(f"{type(problem).__name__} {problem}".split())[:200]
             raise BadInput(f"the chat template refuses a conversation: {why}") from problem
@@ -824,6 +828,23 @@ class Codec:
             ids = ids[:-len(end)] if ids[-len(end):] == end else ids[:-1]
         text, start = map(self.tokenizer.decode, (self.before_ids + ids, self.before_ids))
         return text[len(start):] if text.startswith(start) else self.tokenizer.decode(ids)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer; in other threads than the main one not."""
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"after {seconds} s it is still at work")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import errno
 import functools
 import gc
 import gzip
+import io
 import itertools
 import json
 import math
@@ -3199,13 +3200,42 @@ def test_all_assistant_turns_teach_the_last_reply_after_what_it_is_asked_with(tm
 
 @pytest.mark.parametrize("template", [
     "{% for i in range(10**12) %}x{% endfor %}", "{{ 'x' * 10**15 }}", "",
-    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"])
-def test_templates_that_do_not_end_or_write_nothing_are_refused(tmp_path, template):
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x"])
+def test_templates_that_do_not_end_or_write_nothing_are_refused(tmp_path, template, monkeypatch):
+    monkeypatch.setattr(common, "TEMPLATE_SECONDS", 0.5)
     tokenizer = zoo_tokenizer()
     tokenizer.chat_template = template or "{# #}"
     codec = Codec(zoo_folder(tmp_path, tokenizer), config())
     with pytest.raises(BadInput, match="the chat template"):
         codec.prompts([ZOO_CHAT])
+
+
+def test_a_disk_that_fails_in_the_middle_of_reading_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """EIO, of data and of the samples: status 2, the file named, nothing half-written left."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+
+    class Failing(io.BytesIO):
+        def __next__(self):
+            if self.tell():
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+            return super().__next__()
+    real = open
+
+    def opened(name, *args, **more):
+        return Failing(file.read_bytes()) if str(name) == str(file) and args[:1] == ("rb",) else \
+            real(name, *args, **more)
+    read = file.read_bytes()
+    monkeypatch.setattr(common, "open", opened, raising=False)
+    monkeypatch.setattr(common, "content_hash", lambda source: "hash")
+    monkeypatch.setattr(file.__class__, "read_bytes", lambda self: read)
+    with pytest.raises(SystemExit) as ended:
+        common.launch(lambda cfg: common.load_preferences(cfg), common.Config,
+                      ["--model", "m", "--preferences", str(file), "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and str(file) in said and "Input/output error" in said
+    assert not list(tmp_path.glob("run/*.jsonl"))
 
 
 def test_messages_that_a_template_leaves_out_are_told(tmp_path, capsys):
