@@ -1233,9 +1233,10 @@ def read_preferences(source: str, share: float, seed: int,
     order.shuffle(train)
     order.shuffle(test)
     used = train[:most]
-    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt; "
-           f"left out: {len(found) - len(test) - len(train):,} as their prompt is held out, "
-           f"{len(train) - len(used):,} by --max_pairs")
+    left = {"as their prompt is held out": len(found) - len(test) - len(train),
+            "by --max_pairs": len(train) - len(used)}
+    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt"
+           + "".join(f"; {count:,} left out {why}" for why, count in left.items() if count))
     return used, test
 
 
