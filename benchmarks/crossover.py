@@ -79,9 +79,11 @@ class Sizes(NamedTuple):
     prompts: int = 256                       # replies a cell
     pairs: Optional[int] = None              # preferences of each ten thousand more; None: 4,000
     per_prompt: int = 9                      # generated replies, as in the scripts
+    methods: int = 6                         # of METHODS, the first
+    levers: int = 99                         # of each method, at most
 
 
-MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, (1.0,), (3e-3, 1e-2), 8, 50, 1)
+MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, (1.0,), (3e-3, 1e-2), 8, 50, 1, 3, 1)
 TUNING_SEEDS = [100, 101]
 TARGETS = ("q5", "q50", "q95", "q99")
 METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
@@ -142,7 +144,7 @@ def learning_rate(method: str, steps: int, tuned: dict) -> float:
 
 def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
     """All cells, what matters most first, each for all seeds in turn."""
-    at, n, jobs, ours = size.main_steps, size.main_samples, [], list(METHODS)
+    at, n, jobs, ours = size.main_steps, size.main_samples, [], list(METHODS)[:size.methods]
 
     def add(axis: str, method: str, steps: int, samples: int = n, **more: Any) -> None:
         if method in METHODS:
@@ -154,10 +156,11 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
                 for lr in size.lrs:
                     add("tune", method, steps, lr=lr)
         return jobs
+
     def add_levers(*all_steps: int) -> None:
         for steps in all_steps:
             for method, levers in LEVERS.items():
-                for name, flags in levers.items():
+                for name, flags in list(levers.items())[:size.levers]:
                     if changes(method, flags):
                         add("levers", method, steps, setting=name, flags=flags)
 
