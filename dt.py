@@ -218,9 +218,9 @@ def slope_watcher(cfg: Config, codec: common.Codec, samples: Samples,
     targets = [float(np.quantile(z, q)) for q in (0.05, 0.95)]
     if not (prompts and rm and targets[0] < targets[1]):
         return None
-    score = rm.load_scorer()
-    ids = [prompt + tag_ids(reward_tag(target, bin_edges(z), cfg), codec)
-           for target in targets for prompt in codec.prompts(prompts)]
+    score, edges, plain = rm.load_scorer(), bin_edges(z), codec.prompts(prompts)
+    tags = [tag_ids(reward_tag(target, edges, cfg), codec) for target in targets]
+    ids = [prompt + tag for tag in tags for prompt in plain]
 
     def watch(policy: torch.nn.Module, step: int) -> float:
         spent = Cost()  # on watching, not on training
@@ -294,9 +294,10 @@ def main(cfg: Config) -> None:
     samples = common.labelled_samples(cfg, base, rm)
     policy = common.train_stage(cfg, "dt", functools.partial(train, rm=rm), base, samples)
     z, codec, variants = samples.z(samples.rewards), common.Codec(policy.folder, cfg), []
+    edges = bin_edges(z)
     for name in cfg.target:
         target = target_reward(name, z)
-        tag = reward_tag(target, bin_edges(z), cfg)
+        tag = reward_tag(target, edges, cfg)
         variants.append(common.Variant(f"target {name}", tag, tag_ids(tag, codec), target=target))
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
