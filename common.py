@@ -2468,17 +2468,22 @@ def answer(cfg: Config, load: Callable, policy: Stage, prompts: list, variant: V
                                                     reference)]
 
 
+def wins(gaps: Any) -> np.ndarray:
+    """1 for a gap in score above 0, 0 below, 1/2 for a tie: equal replies of two batches get scores
+    that differ in the last bits."""
+    return np.sign(np.round(gaps, 5)) / 2 + 0.5
+
+
 def means(replies: list[dict], base: list[dict]) -> dict:
     """The means of what evaluation found; win_rate is against the base policy on the same prompts,
     ties half; perplexity is a token's, under the base policy at the sampling temperature."""
     mean = {name: None if replies[0][name] is None else float(np.mean([r[name] for r in replies]))
             for name in ("gold", "reward", "kl", "tokens", "truncated", "base_log_prob")}
-    wins = [np.sign(round(r["reward"] - b["reward"], 5)) / 2 + 0.5 for r, b in zip(replies, base)
-            if mean["reward"] is not None]
+    gaps = [r["reward"] - b["reward"] for r, b in zip(replies, base) if mean["reward"] is not None]
     words = [r["response"].split() for r in replies]
     bigrams = [pair for w in words for pair in zip(w, w[1:])]
     return {"gold": mean["gold"], "reward": mean["reward"],
-            "win_rate": float(np.mean(wins)) if wins else None, "kl_to_base": mean["kl"],
+            "win_rate": float(wins(gaps).mean()) if gaps else None, "kl_to_base": mean["kl"],
             "perplexity": math.exp(min(700.0, -mean["base_log_prob"] / mean["tokens"])),
             "response_tokens": mean["tokens"], "eos_rate": 1 - mean["truncated"],
             "distinct_2": len(set(bigrams)) / max(1, len(bigrams))}

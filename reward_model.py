@@ -258,8 +258,7 @@ def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     for ranking in rankings:
         read = [(next(scores), len(text)) for text in ranking.responses]
         gaps = [np.subtract(*pair) for pair in itertools.combinations(read, 2)]
-        right = np.sign(np.round(gaps, 5)) / 2 + 0.5  # a tie is half right
-        by_prompt.append(right.mean(axis=0))
+        by_prompt.append(common.wins(gaps).mean(axis=0))  # a tie is half right
         pairs += len(gaps)
     accuracy, longer = np.mean(by_prompt, axis=0).tolist()
     error = float(np.std(by_prompt, axis=0)[0]) / math.sqrt(len(by_prompt))
