@@ -2376,12 +2376,11 @@ class Variant(NamedTuple):
 
 
 def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, rm: Optional[Stage],
-             samples: Samples, judge: Optional[Callable] = None) -> dict[str, list[dict]]:
+             samples: Samples, judge: Optional[Callable] = None) -> None:
     """Adds the base policy and the policy's variants to the leaderboard, where their rows are not
-    there yet, and prints it.  samples.costs is what the algorithm needed beside its training.
-    Returns each variant's replies, by its name."""
+    there yet, and prints it.  samples.costs is what the algorithm needed beside its training."""
     if not cfg.eval_prompts:
-        return {}
+        return
     held_out = split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
     alike = settings(cfg, "data", "samples", "evaluation")
@@ -2428,8 +2427,9 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     for stem, found in replies.items():
         print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
     print_leaderboard([row for row in rows if row.get("setting") == fingerprint(alike)])
-    return {variant.name: replies[replies_file(Path(cfg.out), name, variant.name, cfg.seed).stem]
-            for variant in variants}
+    asked = [v for v in variants if v.target is not None and not v.guidance]
+    report_slope(asked, [replies[replies_file(Path(cfg.out), name, v.name, cfg.seed).stem]
+                         for v in asked], Path(cfg.out))
 
 
 def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
@@ -2507,6 +2507,67 @@ def print_leaderboard(rows: list[dict]) -> None:
                  for name, form in COLUMNS.values())
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
                + "".join(f"{cell:>10}" for cell in cells))
+
+
+def slope_watcher(count: int, samples: Samples, rm: Optional[Stage], codec: Codec, cfg: Config,
+                  low: Variant, high: Variant) -> Callable[[TrainingRun, int], dict]:
+    """watch(run, step) -> {"slope": s}, before a checkpoint, else {}: how much more reward z the
+    policy gets for a z of one more that it is asked for, on so many held-out prompts."""
+    prompts = split_prompts(cfg, held_out=True)[:count]
+    if not (prompts and rm and low.target < high.target and cfg.save_every != 0):
+        if count:
+            print0("  --watch_slope has no effect: it takes held-out prompts, a reward model, "
+                   "checkpoints and rewards of several sizes")
+        return lambda run, step: {}
+    score, plain = rm.load_scorer(), codec.prompts(prompts)
+    ids = [prompt + variant.tag_ids for variant in (low, high) for prompt in plain]
+
+    def watch(run: TrainingRun, step: int) -> dict:
+        if not run.is_due(step):
+            return {}
+        spent = Cost()  # on watching, not on training
+        model = sampling_copy(getattr(run.policy, "module", run.policy).model, cfg)
+        replies = sample(model, ids, cfg, cfg.seed + step, codec.stop_ids, spent)
+        rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
+                                  [r.truncated for r in replies], spent))
+        got = rewards.reshape(2, -1).mean(1)
+        slope = (got[1] - got[0]) / (high.target - low.target)
+        print0(f"  step {step + 1}: slope of the reward got on the reward asked for {slope:.2f}")
+        return {"slope": slope}
+    return watch
+
+
+def report_slope(asked: list[Variant], replies: list[list[dict]], folder: Path) -> None:
+    """Prints, and draws where matplotlib is there, what the policy got for each target."""
+    want = np.array([variant.target for variant in asked])                              # (K,)
+    got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
+    if len(set(want)) < 2 or np.isnan(got).any():
+        return
+    centred, means = want - want.mean(), got.mean(1)
+    each = centred @ got / (centred @ centred)                # (n,), each prompt's least squares
+    slope, half = each.mean(), 1.96 * each.std() / math.sqrt(len(each))
+    low, high = min(want.min(), means.min()), max(want.max(), means.max())
+    print0("\nreward z: asked for ( | ) and got ( * )")
+    for target, mean in sorted(zip(want, means)):
+        line = [" "] * 41
+        line[round(40 * (target - low) / (high - low))] = "|"
+        line[round(40 * (mean - low) / (high - low))] = "*"
+        print0(f"  {target:+.2f} {mean:+.2f}  {''.join(line).rstrip()}")
+    print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over prompts")
+    if slope + half < 0.2:
+        print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
+               "--steps, a smaller --batch_size, a higher --lr or --reward_format token")
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    figure, axes = pyplot.subplots()
+    axes.axline((0, 0), slope=1, color="grey", linestyle=":")
+    axes.errorbar(want, means, 1.96 * got.std(1) / math.sqrt(len(each)), fmt="o")
+    axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
+    if rank() == 0:
+        figure.savefig(folder / "asked_against_got.png")
+    pyplot.close(figure)
 
 
 # ----------------------------------------------------------------------------------- training run

@@ -19,17 +19,16 @@ returns-to-go at each token, as the reward comes once.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 
 import common
 import reward_model
-from common import Cost, Examples, Samples, Stage, flag, print0
+from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 
 
 @dataclass
@@ -61,8 +60,11 @@ class Config(common.Config):
         common.require(not any(self.guidance) or self.condition_dropout > 0,
                        "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
         common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
-        if self.reward_step is None:
-            self.reward_step = 0.01 if self.reward_format == "decimal" else 0.5
+        common.require(self.reward_format != "token" or self.reward_step is None,
+                       "--reward_format token goes by eighths of the samples: it takes no "
+                       "--reward_step")
+        if self.reward_step is None and self.reward_format != "token":
+            self.reward_step = 0.5 if self.reward_format == "digit" else 0.01
         common.require(self.reward_format != "digit" or self.reward_step >= 0.1,
                        "--reward_format digit has ten steps: "
                        f"{self.reward_step} is too small a --reward_step")
@@ -107,9 +109,9 @@ def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
     return f" {min(max(steps + 4, 0), 9)}"
 
 
-def bin_edges(z: np.ndarray) -> np.ndarray:
+def bin_edges(samples: Samples) -> np.ndarray:
     """The z (7,) that divide the samples into eighths."""
-    return np.quantile(z, np.arange(1, len(TOKENS)) / len(TOKENS))
+    return np.quantile(samples.z(samples.rewards), np.arange(1, len(TOKENS)) / len(TOKENS))
 
 
 def tag_ids(tag: str, codec: common.Codec) -> list[int]:
@@ -152,10 +154,16 @@ def target_reward(target: str, z: np.ndarray) -> Optional[float]:
     return value
 
 
+def ask(target: str, samples: Samples, codec: common.Codec, cfg: Config) -> Variant:
+    """The way to ask the policy for a target."""
+    z = target_reward(target, samples.z(samples.rewards))
+    tag = reward_tag(z, bin_edges(samples), cfg)
+    return Variant(f"target {target}", tag, tag_ids(tag, codec), target=z)
+
+
 def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on."""
-    z = samples.z(samples.rewards)
-    edges = bin_edges(z)
+    z, edges = samples.z(samples.rewards), bin_edges(samples)
     texts, which = np.unique([reward_tag(reward, edges, cfg) for reward in z], return_inverse=True)
     tags = [tag_ids(text, codec) for text in texts.tolist()]
     lowest, highest = texts[which[z.argmin()]], texts[which[z.argmax()]]
@@ -174,7 +182,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
     codec = common.Codec(base.folder, cfg)
     new_tokens = TOKENS if cfg.reward_format == "token" else ()
     policy = common.load_policy(base.folder, cfg, codec=codec, new_tokens=new_tokens)
-    watch = slope_watcher(cfg, codec, samples, rm)
+    watch = common.slope_watcher(cfg.watch_slope, samples, rm, codec, cfg,
+                                 *(ask(target, samples, codec, cfg) for target in ("q5", "q95")))
     examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
@@ -195,80 +204,16 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            slope = {"slope": watch(policy, step)} if watch and run.is_due(step) else {}
-            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens, **slope)
-    z = samples.z(samples.rewards)
-    target, edges, tokenizer = target_reward(cfg.target[-1], z), bin_edges(z), codec.tokenizer
-    tag = reward_tag(target, edges, cfg)
-    tokenizer.chat_template = add_reward_to_chat_template(tokenizer.chat_template, target, edges,
-                                                          cfg)
-    common.save_policy(folder, policy, codec, cfg, tag, ABOUT)
+            run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens,
+                    **watch(run, step))
+    default, edges = ask(cfg.target[-1], samples, codec, cfg), bin_edges(samples)
+    codec.tokenizer.chat_template = add_reward_to_chat_template(codec.tokenizer.chat_template,
+                                                                default.target, edges, cfg)
+    common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT)
     return {"condition": {"format": cfg.reward_format, "step": cfg.reward_step,
                           "bin_edges": edges.tolist(), "mean": float(samples.rewards.mean()),
                           "std": float(samples.rewards.std()),
-                          "default_target": target, "default_tag": tag}}
-
-
-def slope_watcher(cfg: Config, codec: common.Codec, samples: Samples,
-                  rm: Optional[Stage]) -> Optional[Callable[[torch.nn.Module, int], float]]:
-    """watch(policy, step): how much higher a reward z the policy gets for a z of one more that it
-    is asked for, from --watch_slope held-out prompts."""
-    prompts = common.split_prompts(cfg, held_out=True)[:cfg.watch_slope]
-    z = samples.z(samples.rewards)
-    targets = [float(np.quantile(z, q)) for q in (0.05, 0.95)]
-    if not (prompts and rm and targets[0] < targets[1]):
-        return None
-    score, edges, plain = rm.load_scorer(), bin_edges(z), codec.prompts(prompts)
-    tags = [tag_ids(reward_tag(target, edges, cfg), codec) for target in targets]
-    ids = [prompt + tag for tag in tags for prompt in plain]
-
-    def watch(policy: torch.nn.Module, step: int) -> float:
-        spent = Cost()  # on watching, not on training
-        model = common.sampling_copy(getattr(policy, "module", policy).model, cfg)
-        replies = common.sample(model, ids, cfg, cfg.seed + step, codec.stop_ids, spent)
-        rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
-                                  [r.truncated for r in replies], spent))
-        low, high = rewards.reshape(2, -1).mean(1)
-        found = (high - low) / (targets[1] - targets[0])
-        print0(f"  step {step + 1}: slope of the reward got on the reward asked for {found:.2f}")
-        return found
-    return watch
-
-
-def report_slope(variants: list[common.Variant], replies: dict[str, list[dict]],
-                 folder: Path) -> None:
-    """Prints, and draws where matplotlib is there, what the policy got for what it was asked."""
-    plain = [v for v in variants if v.target is not None and not v.guidance and v.name in replies]
-    asked = np.array([v.target for v in plain])
-    got = np.array([[r["reward"] for r in replies[v.name]] for v in plain], dtype=float)
-    if len(set(asked)) < 2 or np.isnan(got).any():
-        return
-    centred = asked - asked.mean()
-    each = centred @ got / (centred @ centred)       # (prompts,), each prompt's least squares
-    slope, half = each.mean(), 1.96 * each.std() / math.sqrt(len(each))
-    means, low = got.mean(1), min(asked.min(), got.mean(1).min())
-    scale = 40 / (max(asked.max(), means.max()) - low)
-    print0("\nreward z: asked for ( | ) and got ( * )")
-    for want, mean in sorted(zip(asked, means)):
-        line = [" "] * 41
-        line[round((want - low) * scale)] = "|"
-        line[round((mean - low) * scale)] = "*"
-        print0(f"  {want:+.2f} {mean:+.2f}  {''.join(line).rstrip()}")
-    print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over prompts")
-    if slope + half < 0.2:
-        print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
-               "--steps, a smaller --batch_size, a higher --lr or --reward_format token")
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    figure, axes = pyplot.subplots()
-    axes.axline((0, 0), slope=1, color="grey", linestyle=":")
-    axes.errorbar(asked, means, 1.96 * got.std(1) / math.sqrt(len(each)), fmt="o")
-    axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
-    if common.rank() == 0:
-        figure.savefig(folder / "asked_against_got.png")
-    pyplot.close(figure)
+                          "default_target": default.target, "default_tag": default.tag}}
 
 
 ABOUT = """
@@ -293,16 +238,11 @@ def main(cfg: Config) -> None:
     rm = reward_model.for_run(cfg, base)
     samples = common.labelled_samples(cfg, base, rm)
     policy = common.train_stage(cfg, "dt", functools.partial(train, rm=rm), base, samples)
-    z, codec, variants = samples.z(samples.rewards), common.Codec(policy.folder, cfg), []
-    edges = bin_edges(z)
-    for name in cfg.target:
-        target = target_reward(name, z)
-        tag = reward_tag(target, edges, cfg)
-        variants.append(common.Variant(f"target {name}", tag, tag_ids(tag, codec), target=target))
+    codec = common.Codec(policy.folder, cfg)
+    variants = [ask(target, samples, codec, cfg) for target in cfg.target]
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
-    replies = common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
-    report_slope(variants, replies, Path(cfg.out))
+    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
 
 
 if __name__ == "__main__":

@@ -1064,8 +1064,8 @@ def test_rwr_takes_the_samples_own_weights_where_asked(codec):
 def test_dt_writes_the_same_tag_in_training_and_in_sampling(codec):
     samples, cfg = samples_of(codec, [0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=[])
     trained = dt.prepare(samples, codec, cfg)
-    z = samples.z(samples.rewards)
-    tags = [dt.tag_ids(dt.reward_tag(reward, dt.bin_edges(z), cfg), codec) for reward in z]
+    z, edges = samples.z(samples.rewards), dt.bin_edges(samples)
+    tags = [dt.tag_ids(dt.reward_tag(reward, edges, cfg), codec) for reward in z]
     asked = [p + tag for p, tag in zip(codec.prompts([f"Human: {i}" for i in range(4)]), tags)]
     rows = [trained.example(i) for i in range(4)]
     assert [e.ids[~e.mask].tolist() for e in rows] == asked
@@ -1082,9 +1082,12 @@ def test_dt_takes_its_loss_over_the_response_alone(codec):
     assert sorted(lengths) == sorted(len(found.example(i).ids) for i in range(2))
 
 
+EIGHTHS = np.linspace(-1.5, 1.5, 7)  # of z from -2 to 2, all alike
+
+
 def test_dt_rounds_the_reward():
     paper, z = config(dt, reward_format="decimal", reward_step=0.01), np.linspace(-2, 2, 101)
-    edges = dt.bin_edges(z)
+    edges = EIGHTHS
     assert [dt.reward_tag(reward, edges, paper) for reward in (1.519, -0.001, 5.0)] == [
         " <rm_score>: 1.52 ", " <rm_score>: 0.00 ", " <rm_score>: 5.00 "]
     digits = config(dt)
@@ -1098,9 +1101,9 @@ def test_dt_rounds_the_reward():
     assert dt.reward_tag(dt.target_reward("none", z), edges, paper) == ""
 
 
-@pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01), ("token", 0.5)])
+@pytest.mark.parametrize("format, step", [("digit", 0.5), ("decimal", 0.01), ("token", None)])
 def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_path):
-    codec, edges = chat_codec(tmp_path, "SmolLM2"), dt.bin_edges(np.linspace(-2, 2, 101))
+    codec, edges = chat_codec(tmp_path, "SmolLM2"), EIGHTHS
     cfg = config(dt, reward_format=format, reward_step=step)
     chat, tokenizer = [{"role": "user", "content": "hello"}], codec.tokenizer
     if format == "token":
@@ -1117,14 +1120,14 @@ def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_p
 def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(tmp_path, capsys):
     asked = [common.Variant(f"target {z}", target=z) for z in (-1.0, 0.0, 2.0)]
     for gain in (0.5, 0.0):
-        replies = {v.name: [{"reward": 0.25 + gain * v.target + noise} for noise in (-0.1, 0.1)]
-                   for v in asked}
-        dt.report_slope(asked, replies, tmp_path)
+        replies = [[{"reward": 0.25 + gain * v.target + noise} for noise in (-0.1, 0.1)]
+                   for v in asked]
+        common.report_slope(asked, replies, tmp_path)
         said = capsys.readouterr().out
         assert f"slope {gain:.2f} [{gain:.2f}, {gain:.2f}]" in said
         assert ("hardly heeded" in said) == (gain == 0)
-    dt.report_slope(asked, {}, tmp_path)
-    assert capsys.readouterr().out == "", "nothing was evaluated"
+    common.report_slope(asked, [[{"reward": None}]] * 3, tmp_path)
+    assert capsys.readouterr().out == "", "there are no rewards"
 
 
 def test_dt_with_new_tokens_starts_them_at_the_mean_and_never_samples_them(codec, run, tmp_path):

@@ -155,9 +155,8 @@ def on_training_prompts(seed: int, cfg: Config) -> float:
     base = common.base_policy(run)
     samples = common.labelled_samples(run, base, reward_model.for_run(run, base))
     prompts = common.split_prompts(run, held_out=False)
-    z, codec = samples.z(samples.rewards), common.Codec(f"{run.out}/dt", run)
-    tag = dt.reward_tag(dt.target_reward(TARGETS[-1], z), dt.bin_edges(z), run)
-    variant = common.Variant("", tag, dt.tag_ids(tag, codec), run.guidance[0])
+    variant = dt.ask(TARGETS[-1], samples, common.Codec(f"{run.out}/dt", run), run)
+    variant = variant._replace(guidance=run.guidance[0])
     policy = common.Stage(f"{run.out}/dt", "", common.Cost())
     load = functools.cache(lambda place: common.load_model(place, common.compute_dtype(run)))
     replies = common.answer(run, load, policy, prompts * 4, variant, base, samples, None, None,

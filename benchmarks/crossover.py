@@ -20,9 +20,11 @@ give another --out.  table.md goes there, crossover_steps.png and crossover_samp
 - Random: the control, filtering by rewards that were shuffled over the samples.
 - Slope: least squares of the mean score got on the z asked for, both in the labels' z, over DT's
   unguided targets.  With noise of sd s even a perfect reader of the tag has 1 / (1 + s^2).
-- Learning rates: --tune tries the same four for each method at each of four step counts and takes
-  the highest mean gold (DT's at q99); `random` takes filtering's.  Step counts between take the
-  nearest one's; without tuned.json all are the scripts' defaults.
+- Learning rates: --tune tries the same four for each method at each of three step counts, and at
+  few samples, and takes the highest mean gold (DT's at q99); `random` takes filtering's.  Other
+  cells take the nearest one's; without tuned.json all are the scripts' defaults.
+- Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch;
+  `tag's rows x 10` makes the updates of the tags' embeddings ten times as large.
 """
 from __future__ import annotations
 
@@ -37,9 +39,10 @@ import tempfile
 import time
 import typing
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional
+from unittest import mock
 
 import numpy as np
 import torch
@@ -70,10 +73,11 @@ class Config:
 class Sizes(NamedTuple):
     """How large the cells are."""
     steps: tuple = (20, 60, 200, 400, 600, 1000, 2000)
-    few_steps: tuple = (200, 600, 60, 2000)  # of levers and tuning
+    few_steps: tuple = (200, 600, 60)        # of levers and tuning
     samples: tuple = (300, 1_000, 3_000, 10_000, 30_000, 100_000)
     main_steps: int = 600                    # of the axes other than steps
     main_samples: int = 10_000               # of the axes other than samples
+    few_samples: int = 1_000                 # of tuning, at the main steps
     noise: tuple = (1.0, 2.5)                # sd: .70 and .60 of pairs right; without noise .80
     lrs: tuple = (1e-3, 3e-3, 1e-2, 3e-2)
     prompts: int = 256                       # replies a cell
@@ -83,20 +87,23 @@ class Sizes(NamedTuple):
     levers: int = 99                         # of each method, at most
 
 
-MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, (1.0,), (3e-3, 1e-2), 8, 50, 1, 3, 1)
+MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, 100, (1.0,), (3e-3, 1e-2), 8, 50, 1, 3, 1)
 TUNING_SEEDS = [100, 101]
-TARGETS = ("q5", "q50", "q95", "q99")
+TARGETS = ("q5", "q50", "q95", "q99")  # of the slope
+BEYOND = ("q90", "5.00")               # other ways to ask for the best
 METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
            "filter 0.05": (mle_filter, {"keep": 0.05}), "RWR": (rwr, {}),
            "SFT": (mle_filter, {"keep": 1.0}), "random 0.2": (mle_filter, {"keep": 0.2})}
-# Flags in place of the defaults; `lr_times` and `steps_times` multiply.  What a script does not
-# have, or has by default, is left out.
+# Flags in place of the defaults; those of OURS are this file's.  What a script does not have, or
+# has by default, is left out.
+OURS = {"lr_times", "steps_times", "late_dropout", "tag_rows_times"}
 LEVERS = {
     "DT": {"special token": {"reward_format": "token"},
            "decimal in 0.5s": {"reward_format": "decimal", "reward_step": 0.5},
            "the paper's tag": {"reward_format": "decimal", "reward_step": 0.01},
            "lr x 0.5": {"lr_times": 0.5}, "lr x 2": {"lr_times": 2}, "lr x 4": {"lr_times": 4},
            "no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
+           "late dropout": {"late_dropout": True}, "tag's rows x 10": {"tag_rows_times": 10},
            "batch 8, 4 x steps": {"batch_size": 8, "steps_times": 4}},
     "RWR": {"cap 20": {"w_max": 20.0},
             "beta 0.1": {"beta": 0.1}, "beta 0.3": {"beta": 0.3}, "beta 0.5": {"beta": 0.5}}}
@@ -130,16 +137,17 @@ def changes(method: str, flags: dict) -> bool:
     default, kinds = toy(module, **own), typing.get_type_hints(module.Config)
     for name, value in flags.items():
         choices = typing.get_args(kinds.get(name)) if isinstance(value, str) else ()
-        if not name.endswith("_times") and (name not in kinds or choices and value not in choices):
+        if name not in OURS and (name not in kinds or choices and value not in choices):
             return False
     return any(getattr(default, name, None) != value for name, value in flags.items())
 
 
-def learning_rate(method: str, steps: int, tuned: dict) -> float:
-    """The tuned one of the nearest step count; the script's default where nothing is tuned."""
-    rates = tuned.get("filter 0.2" if method == "random 0.2" else method, {})
-    nearest = min(rates, key=lambda tried: abs(math.log(int(tried) / steps)), default=None)
-    return rates[nearest] if nearest else toy(METHODS[method][0]).lr
+def learning_rate(method: str, steps: int, samples: int, tuned: dict) -> float:
+    """The tuned one of the nearest steps and samples; the script's default where there is none."""
+    def distance(tried: list) -> float:
+        return abs(math.log(tried[0] / steps)) + abs(math.log(tried[1] / samples))
+    tried = tuned.get("filter 0.2" if method == "random 0.2" else method, [])
+    return min(tried, key=distance)[2] if tried else toy(METHODS[method][0]).lr
 
 
 def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
@@ -148,24 +156,18 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
 
     def add(axis: str, method: str, steps: int, samples: int = n, **more: Any) -> None:
         if method in METHODS:
-            more.setdefault("lr", learning_rate(method, steps, tuned))
+            more.setdefault("lr", learning_rate(method, steps, samples, tuned))
         jobs.extend(Job(axis, seed, method, steps, samples, **more) for seed in cfg.seeds)
     if cfg.tune:
-        for steps in sorted(size.few_steps):
+        for steps, samples in [*((steps, n) for steps in sorted(size.few_steps)),
+                               (at, size.few_samples)]:
             for method in ours[:5]:
                 for lr in size.lrs:
-                    add("tune", method, steps, lr=lr)
+                    add("tune", method, steps, samples, lr=lr)
         return jobs
 
-    def add_levers(*all_steps: int) -> None:
-        for steps in all_steps:
-            for method, levers in LEVERS.items():
-                for name, flags in list(levers.items())[:size.levers]:
-                    if changes(method, flags):
-                        add("levers", method, steps, setting=name, flags=flags)
-
-    def add_samples(methods: list[str]) -> None:
-        for samples in size.samples:
+    def add_samples(methods: list[str], counts: tuple) -> None:
+        for samples in counts:
             for method in methods if samples != n else ():  # n: the axis of steps has that cell
                 add("samples", method, at, samples)
     contenders, controls = ours[:4], ours[4:]
@@ -173,20 +175,22 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
     for steps in size.steps:
         for method in contenders:
             add("steps", method, steps)
-    add_levers(*size.few_steps[:3])
-    for part in range(1, max(2, math.ceil(size.samples[-1] / 10_000))):
-        add("more samples", "", 0, part)
-    add_samples(contenders)
+    add_samples(contenders, size.samples[:-1])
     for noise in size.noise:
         for method in contenders:
             add("noise", method, at, noise=noise)
     for method in contenders[:2]:
         add("round 2", method, at)
+    for steps in size.few_steps:
+        for method, levers in LEVERS.items():
+            for name, flags in list(levers.items())[:size.levers]:
+                if changes(method, flags):
+                    add("levers", method, steps, setting=name, flags=flags)
     for steps in size.steps:
         for method in controls:
             add("steps", method, steps)
-    add_samples(controls)
-    add_levers(*size.few_steps[3:])
+    add_samples(contenders, size.samples[-1:])
+    add_samples(controls, size.samples)
     return jobs
 
 
@@ -258,10 +262,21 @@ class World:
         flags = {**own, "lr": job.lr, "steps": job.steps, "seed": job.seed, **job.flags}
         flags["lr"] *= flags.pop("lr_times", 1)
         flags["steps"] *= flags.pop("steps_times", 1)
+        late, times = flags.pop("late_dropout", False), flags.pop("tag_rows_times", 1)
         cfg = self.config(module, **flags)
         os.makedirs(folder)
-        module.train(cfg, self.base, samples, Path(folder), Cost())
+        with mock.patch.multiple(dt, prepare=prepare_late) if late else contextlib.nullcontext(), \
+                faster_rows(self.tag_rows(cfg, samples), times) if times > 1 else \
+                contextlib.nullcontext():
+            module.train(cfg, self.base, samples, Path(folder), Cost())
         return cfg
+
+    def tag_rows(self, cfg: Any, samples: common.Samples) -> list[int]:
+        """The tokens that DT's tags are made of."""
+        z, codec = samples.z(samples.rewards), common.Codec(self.base.folder, cfg)
+        edges = dt.bin_edges(samples)
+        tags = {dt.reward_tag(reward, edges, cfg) for reward in z}
+        return sorted({token for tag in tags for token in dt.tag_ids(tag, codec)})
 
     def answer(self, folder: str, cfg: Any, prompts: list[str], tag: str = "",
                guidance: float = 0.0) -> list[dict]:
@@ -305,6 +320,35 @@ class World:
         return rows
 
 
+def prepare_late(samples: common.Samples, codec: common.Codec, cfg: Any) -> common.Examples:
+    """dt.prepare with no tag dropped in the first epoch."""
+    some, whole = (PREPARE(samples, codec, replace(cfg, condition_dropout=share, guidance=[0.0]))
+                   for share in (cfg.condition_dropout, 0.0))
+    return common.Examples(samples.tokens,
+                           tag=lambda i, epoch: (some if epoch else whole).tag(i, epoch))
+
+
+PREPARE = dt.prepare
+
+
+def faster_rows(rows: list[int], times: float) -> Any:
+    """While it is open, optimizers change these rows of the embeddings so many times as much."""
+    make = common.make_optimizer
+
+    def make_faster(policy: Any, *more: Any) -> tuple:
+        optimizer, schedule = make(policy, *more)
+        weight, before = policy.model.get_input_embeddings().weight, []
+        optimizer.register_step_pre_hook(lambda *_: before.append(weight.detach()[rows]))
+
+        def extend(*_: Any) -> None:
+            old = before.pop()
+            with torch.no_grad():
+                weight[rows] = old + times * (weight[rows] - old)
+        optimizer.register_step_post_hook(extend)
+        return optimizer, schedule
+    return mock.patch.object(common, "make_optimizer", make_faster)
+
+
 def repeated(prompts: list, count: int) -> list:
     """So many prompts, each as often as another."""
     return (prompts * math.ceil(count / len(prompts)))[:count]
@@ -314,10 +358,12 @@ def ways_to_ask(method: str, samples: common.Samples, cfg: Any) -> list[tuple]:
     """(name, z asked for, tag, guidance) of each; the last is the best."""
     if method != "DT":
         return [(method, None, "", 0.0)]
-    scores = samples.z(samples.rewards)
-    edges, asked = dt.bin_edges(scores), [dt.target_reward(t, scores) for t in TARGETS]
-    ways = [(f"DT {t}", z, dt.reward_tag(z, edges, cfg), 0.0) for t, z in zip(TARGETS, asked)]
-    return ways + [("DT guided", *ways[-1][1:3], g) for g in cfg.guidance if g]
+    scores, edges, ways = samples.z(samples.rewards), dt.bin_edges(samples), []
+    for name in (*TARGETS, *BEYOND):
+        z = dt.target_reward(name, scores)
+        ways.append((f"DT {name}", z, dt.reward_tag(z, edges, cfg), 0.0))
+    best = ways[len(TARGETS) - 1]
+    return ways + [("DT guided", *best[1:3], g) for g in cfg.guidance if g]
 
 
 world = functools.cache(World)
@@ -398,15 +444,17 @@ def work(cfg: Config, jobs: list[Job], file: Path) -> None:
 
 def choose(rows: list[dict], file: Path) -> None:
     """Writes the learning rate of the highest mean gold for each method and step count."""
-    tuned: dict[str, dict[str, float]] = {}
+    tuned: dict[str, list] = {}
     for method in list(METHODS)[:5]:
         name = "DT q99" if method == "DT" else method
-        for steps in sorted({r["steps"] for r in rows if r["method"] == name}):
+        for steps, samples in sorted({(r["steps"], r["samples"]) for r in rows}):
+            where = {"method": name, "steps": steps, "samples": samples}
             gold = {lr: interval(found.values())[0] for lr in sorted({r["lr"] for r in rows})
-                    if (found := by_seed(rows, "gold", method=name, steps=steps, lr=lr))}
-            tuned.setdefault(method, {})[str(steps)] = max(gold, key=gold.get)
-            print(f"{name}, {steps} steps: " + ", ".join(f"lr {lr:g}: gold {g:.2f}"
-                                                         for lr, g in gold.items()))
+                    if (found := by_seed(rows, "gold", lr=lr, **where))}
+            if gold:
+                tuned.setdefault(method, []).append([steps, samples, max(gold, key=gold.get)])
+            print(f"{name}, {steps} steps, {samples:,} samples: "
+                  + ", ".join(f"lr {lr:g}: gold {g:.2f}" for lr, g in gold.items()))
     common.write_beside(file, [json.dumps(tuned)])
 
 

@@ -116,7 +116,7 @@ changes["rwr"] = step(cfg, examples, rwr.weighted_nll_, extra=lambda micro: (mic
 print("DT: both alike, each after its own tag")
 cfg = config(dt, condition_dropout=0.0, guidance=[0.0])
 codec, z = common.Codec(folder, cfg), samples.z(samples.rewards)
-tags = [dt.reward_tag(reward, dt.bin_edges(z), cfg) for reward in z]
+tags = [dt.reward_tag(reward, dt.bin_edges(samples), cfg) for reward in z]
 print("  tags", tags)
 changes["dt"] = step(cfg, all_of(dt.prepare(samples, codec, cfg)), dt.masked_nll_,
                      [dt.tag_ids(tag, codec) for tag in tags])
