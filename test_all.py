@@ -27,6 +27,7 @@ import time
 import tracemalloc
 import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -57,13 +58,32 @@ TINY = ["--eval_prompts", "12", "--batch_size", "8", "--samples_per_prompt", "1"
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # of tests of more ranks than a machine may have GPUs
 
 
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
+@pytest.fixture(scope="session", autouse=True)
+def begun(request, tmp_path_factory):
+    """What many tests wait for, begun in the background where one of those chosen does: its
+    folder, and what it will return, by the fixture's name."""
+    chosen = {name for item in request.session.items for name in item.fixturenames}
+    with ThreadPoolExecutor(1) as pool:
+        found = {}
+        for name, make in (("run", make_run), ("gradients", make_gradients)):
+            if name in chosen or name == "run" and "codec" in chosen:
+                folder = tmp_path_factory.mktemp(name)
+                found[name] = folder, pool.submit(make, folder)
+        yield found
+        pool.shutdown(cancel_futures=True)
+
+
+def make_run(folder):
     """A tiny run of the whole road, by dt.py's command line: (folder, what it printed)."""
-    out = tmp_path_factory.mktemp("run") / "toy"
-    script("reward_model.py", "--out", out, "--steps", "20")
-    return out, script("dt.py", *TINY, "--out", out, "--steps", "8", "--target", "-1", "none",
-                       "q99").stdout
+    script("reward_model.py", "--out", folder, "--steps", "20")
+    return folder, script("dt.py", *TINY, "--out", folder, "--steps", "8", "--target", "-1", "none",
+                          "q99").stdout
+
+
+@pytest.fixture(scope="session")
+def run(begun):
+    """What make_run returns."""
+    return begun["run"][1].result()
 
 
 def script(name, *args, status=0, env=None):
@@ -123,9 +143,12 @@ def tokens_of(rows):
 
 
 @pytest.fixture(scope="session")
-def codec(run):
-    """The toy base policy's codec."""
-    return Codec(str(run[0] / "base"), config())
+def codec(begun):
+    """The toy base policy's codec, as soon as that policy is there."""
+    folder, end = begun["run"]
+    while not (folder / "base" / "run.json").exists() and not end.done():
+        time.sleep(0.1)
+    return Codec(str(folder / "base"), config())
 
 
 @pytest.fixture(scope="session")
@@ -2414,21 +2437,29 @@ def measure_gradients(folder):
     common.launch(main, common.Config, ["--out", folder, "--no_compile"])
 
 
-@pytest.fixture(scope="session")
-def gradients(tmp_path_factory):
+def make_gradients(folder):
     """The gradients that one process finds for a policy and a reward model, and what 2 and 4
     ranks find."""
-    from transformers import LlamaForSequenceClassification
-    folder, found = tmp_path_factory.mktemp("gradients"), {}
-    model = tiny_model(dtype=torch.float32)
-    model.save_pretrained(folder / "policy")
-    torch.manual_seed(1)
-    model.config.num_labels, model.config.pad_token_id = 1, 0
-    LlamaForSequenceClassification(model.config).save_pretrained(folder / "rewards")
+    forked("save_models", folder)
     for ranks in (1, 2, 4):
         forked("measure_gradients", folder, ranks=ranks)
-        found[ranks] = torch.load(folder / f"{ranks}.pt", weights_only=True)
-    return found
+    return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2, 4)}
+
+
+def save_models(folder):
+    """A policy and a reward model for measure_gradients."""
+    from transformers import LlamaForSequenceClassification
+    model = tiny_model(dtype=torch.float32)
+    model.save_pretrained(Path(folder) / "policy")
+    torch.manual_seed(1)
+    model.config.num_labels, model.config.pad_token_id = 1, 0
+    LlamaForSequenceClassification(model.config).save_pretrained(Path(folder) / "rewards")
+
+
+@pytest.fixture(scope="session")
+def gradients(begun):
+    """What make_gradients returns."""
+    return begun["gradients"][1].result()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
