@@ -5,9 +5,10 @@ models, fused head loss, sampler, labelled samples, evaluation, training run, to
 
 Terms: *policy*, the language model that is trained; *base policy*, what it starts from and the
 reference of every KL; *sample*, a (prompt, response, reward); *z*, a reward standardised over the
-labelled samples; *response mask*, the tokens a loss is taken over.  Shapes: T tokens of packed
-sequences, N rows (positions that predict a response token), D hidden width, V vocabulary, R slots
-of the sampler.  A *prompt* is text, or chat messages for the tokenizer's chat template.
+labelled samples; *response mask*, the tokens a loss is taken over; *entry*, a row of a data file;
+*prompt*, text, or chat messages for the tokenizer's chat template.  Shapes: T tokens of packed
+sequences, N rows (positions that predict a response token), D hidden width, V vocabulary, R lanes
+of the sampler's cache.
 """
 from __future__ import annotations
 
@@ -668,10 +669,10 @@ class Codec:
         size, more = len(self.tokenizer), len(self.bos + self.encode([tag])[0])
         need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + more
         for shape in (c.get_text_config() for c in self.configs if hasattr(c, "get_text_config")):
-            rows = getattr(shape, "vocab_size", None) or math.inf
+            embeddings = getattr(shape, "vocab_size", None) or math.inf
             most = getattr(shape, "max_position_embeddings", None) or math.inf
-            require(size <= rows, f"{folder}: the tokenizer has {size:,} tokens and the model "
-                    f"{rows:,} embeddings; resize_token_embeddings first")
+            require(size <= embeddings, f"{folder}: the tokenizer has {size:,} tokens and the "
+                    f"model {embeddings:,} embeddings; resize_token_embeddings first")
             require(need <= most, f"{folder} reads at most {most} tokens, and prompt, response, "
                     f"BOS and reward tag may take {need}: lower --max_prompt_tokens")
 
@@ -782,7 +783,7 @@ class Codec:
             found.append(ids)
         return found
 
-    def pairs(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
+    def tokenise(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
               whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (T,), response mask (T,)) of prompt and response, which ends as a turn does if it
         is neither cut off nor too long.  `whole`: chats as rendered, for reward models."""
@@ -796,13 +797,13 @@ class Codec:
             end = self.eos if not is_chat else self.turn_tail if whole else self.turn_end
             if cut or self.cfg.rendered_text and ids and ids[-1] in self.stop_ids:
                 end = []
-            row = before + self.cut_end(ids + end, self.cfg.max_response_tokens)
-            if whole and is_chat and end and row[len(before + ids):] == end:
+            sequence = before + self.cut_end(ids + end, self.cfg.max_response_tokens)
+            if whole and is_chat and end and sequence[len(before + ids):] == end:
                 reply = {"role": "assistant", "content": response}
-                row = self.chat([*self._shorten(prompt), reply], reply=False)
-            mask = np.arange(len(row)) >= len(before)
+                sequence = self.chat([*self._shorten(prompt), reply], reply=False)
+            mask = np.arange(len(sequence)) >= len(before)
             mask[:len(before)] = learnt
-            found.append((np.array(row, dtype=np.int32), mask))
+            found.append((np.array(sequence, dtype=np.int32), mask))
         return found
 
     def _every_turn(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
@@ -817,9 +818,9 @@ class Codec:
         return ids, mask
 
     def sequences(self, samples: list[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """pairs() of samples."""
-        return self.pairs([s.prompt for s in samples], [s.response for s in samples],
-                          [s.truncated for s in samples])
+        """tokenise() of samples."""
+        return self.tokenise([s.prompt for s in samples], [s.response for s in samples],
+                             [s.truncated for s in samples])
 
     def decode(self, response: Response) -> str:
         """A sampled response's text, without what ended it."""
@@ -921,7 +922,7 @@ def tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], lis
 
     def encode(texts: list[str]) -> list[list[int]]:
         found = [fast.encode_ordinary(normal(text)) for text in texts]
-        return [row if known.issuperset(row) else own([text])[0] for text, row in zip(texts, found)]
+        return [ids if known.issuperset(ids) else own([text])[0] for text, ids in zip(texts, found)]
     return encode
 
 
@@ -968,7 +969,7 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
         if ending in others and not re.match("(dataset_(info|infos|dict)|state).json", file.name):
             yield from read_with_datasets(str(file), part, ending[1:], data_files=str(file))
         elif file == path or re.search(r"\.(jsonl|ndjson|jsonl?\.gz)$", file.name.lower()):
-            yield from ((part, *row) for row in read_jsonl(file))
+            yield from ((part, *entry) for entry in read_jsonl(file))
         else:
             skipped.append(part)
     if skipped:
@@ -984,11 +985,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
-                row = json.loads(line.decode("utf-8-sig"))
-                require(isinstance(row, dict), f"{path}, line {number}: not a JSON object")
+                entry = json.loads(line.decode("utf-8-sig"))
+                require(isinstance(entry, dict), f"{path}, line {number}: not a JSON object")
                 if b"\\u" in line:
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                yield f"{path}, line {number}", row
+                    json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate is no text
+                yield f"{path}, line {number}", entry
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
         raise BadInput(f"{path}, line {number} or what follows: broken, or not JSON in UTF-8 "
                        f"({problem})") from problem
@@ -1004,9 +1005,9 @@ def read_with_datasets(source: str, part: str, kind: str,
     if kind == "csv":
         more |= {"keep_default_na": False, "na_values": [""]}  # a reply may be "None"
     try:
-        for split, rows in datasets.load_dataset(kind, **more).items():
-            for number, row in enumerate(rows, 1):
-                yield part or split, f"{source}, {split} row {number}", row
+        for split, entries in datasets.load_dataset(kind, **more).items():
+            for number, entry in enumerate(entries, 1):
+                yield part or split, f"{source}, {split} row {number}", entry
     except Exception as problem:  # of datasets, pyarrow, pandas, fsspec and the Hub's client
         why = " ".join(str(problem.__cause__ or problem).split())[:200]
         raise BadInput(f"{source}: datasets cannot read it ({why})") from problem
@@ -1069,105 +1070,106 @@ PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
 SAMPLE_COLUMNS = FIELDS.keys() - {"chosen", "rejected", "ranked"}
 
 
-def parsed_rows(source: str, columns: set[str], parse: Callable, use: str = "") -> Iterator[Any]:
-    """parse(part, row, notes) of each row: these columns of it, read as FIELDS says, without nulls.
-    parse() raises LeftOut where a row is no use, and KeyError where a field is missing.
+def parsed_entries(source: str, columns: set[str], parse: Callable, use: str = "") -> Iterator[Any]:
+    """parse(part, entry, notes) of each row: these columns, read as FIELDS says, without nulls.
+    parse() raises LeftOut where an entry is no use, and KeyError where a field is missing.
     Says at the end how many rows were used, and what was not read."""
     total, left, notes, unread = 0, Counter(), Counter(), set()
-    for part, place, given in read_source(source):
+    for part, where, given in read_source(source):
         total += 1
         unread |= given.keys() - columns
-        row = {}
+        entry = {}
         try:
             for name, value in given.items():
                 require(name not in UNREADABLE or not value,
                         f"the field {name!r} bears on the text and cannot be read here")
                 if name in columns and value is not None:
                     read, what = FIELDS[name]
-                    row[name] = read(value)
-                    require(row[name] is not None,
+                    entry[name] = read(value)
+                    require(entry[name] is not None,
                             f"the field {name!r} must be {what}, found {value!r:.50}")
-            if given.get("prompt", "") is None and "instruction" not in row:
+            if given.get("prompt", "") is None and "instruction" not in entry:
                 raise LeftOut("with a null field")
-            found = parse(part, row, notes)
+            found = parse(part, entry, notes)
         except BadInput as problem:
-            raise BadInput(f"{place}: {problem}") from problem
+            raise BadInput(f"{where}: {problem}") from problem
         except KeyError as missing:
             require(any(given.get(name, "") is None for name in columns),
-                    f"{place}: the field {missing} is missing")
+                    f"{where}: the field {missing} is missing")
             left["with a null field"] += 1
         except LeftOut as why:
             left[str(why)] += 1
         else:
             yield found
-    said = [f"{total - sum(left.values()):,} of {total:,} rows used{use}"]
+    report = [f"{total - sum(left.values()):,} of {total:,} rows used{use}"]
     if left:
-        said.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
-    said += [f"{count:,} {what}" for what, count in notes.items() if count]
+        report.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
+    report += [f"{count:,} {what}" for what, count in notes.items() if count]
     if unread and not use:
-        said.append("columns not read: " + ", ".join(sorted(unread)))
-    print0(f"  {source}: {'; '.join(said)}")
+        report.append("columns not read: " + ", ".join(sorted(unread)))
+    print0(f"  {source}: {'; '.join(report)}")
 
 
-def name_in(row: dict, *names: str) -> str:
-    """The one of a field's names that the row has, or else the first.  Raises BadInput for two."""
-    found = [name for name in names if row.get(name, "") != ""] or [*names[:1]]
+def name_in(entry: dict, *names: str) -> str:
+    """The one of a field's names that is there, or else the first.  Raises BadInput for two."""
+    found = [name for name in names if entry.get(name, "") != ""] or [*names[:1]]
     require(len(found) == 1,
             f"the fields {found[0]!r} and {found[-1]!r} stand side by side; give one")
     return found[0]
 
 
-def prompt_of(row: dict) -> tuple[Any, Optional[str]]:
-    """A row's prompt, text or messages, and the reply to it where it is a whole conversation: of
+def prompt_of(entry: dict) -> tuple[Any, Optional[str]]:
+    """An entry's prompt, text or messages, and the reply to it where it is a whole conversation: of
     `messages` or ShareGPT's `conversations`, else of `prompt`, OpenRLHF's `input`, or Alpaca's
     `instruction` and `input` as a user's message.  A `system` message goes before."""
-    whole = next((name for name in ("messages", "conversations") if name in row), None)
-    name = whole or name_in(row, "prompt", "instruction" if "instruction" in row else "input")
-    prompt, reply = row[name], None
+    whole = next((name for name in ("messages", "conversations") if name in entry), None)
+    name = whole or name_in(entry, "prompt", "instruction" if "instruction" in entry else "input")
+    prompt, reply = entry[name], None
     if name == "instruction":
-        prompt = "\n\n".join(filter(None, (prompt, row.get("input"))))
+        prompt = "\n\n".join(filter(None, (prompt, entry.get("input"))))
     require(isinstance(prompt, list) or prompt.strip(), f"the field {name!r} is empty")
-    if isinstance(prompt, str) and (name == "instruction" or row.get("system")):
+    if isinstance(prompt, str) and (name == "instruction" or entry.get("system")):
         prompt = [{"role": "user", "content": prompt}]
     if whole and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
         *prompt, last = prompt
         reply = last["content"]
         for other in (*RESPONSES, "chosen", "rejected", "ranked"):
-            require(row.get(other) in (None, reply), f"a conversation that ends with a reply and "
+            require(entry.get(other) in (None, reply), f"a conversation that ends with a reply and "
                     f"the field {other!r} stand side by side; give one")
-    if row.get("system"):
-        system = {"role": "system", "content": row["system"]}
+    if entry.get("system"):
+        system = {"role": "system", "content": entry["system"]}
         prompt = prompt if prompt[0] == system else [system, *prompt]
     return prompt, reply
 
 
-def sample_of(row: dict) -> Sample:
-    """A row as a sample without its reward, from any tool's names."""
-    (prompt, reply), name = prompt_of(row), name_in(row, *RESPONSES)
-    if reply is None and name not in row and row.keys() & {"messages", "conversations"}:
+def sample_of(entry: dict) -> Sample:
+    """An entry as a sample without its reward, from any tool's names."""
+    (prompt, reply), name = prompt_of(entry), name_in(entry, *RESPONSES)
+    if reply is None and name not in entry and entry.keys() & {"messages", "conversations"}:
         raise LeftOut("conversations that do not end with the assistant")
     if reply is None:
-        prompt, reply = (prompt, row[name]) if isinstance(row[name], str) else side_of(row, name)
-    return Sample(prompt, reply, source=row.get("source", "given"),
-                  weight=row.get("weight", math.nan), truncated=row.get("truncated", False))
+        text = isinstance(entry[name], str)
+        prompt, reply = (prompt, entry[name]) if text else side_of(entry, name)
+    return Sample(prompt, reply, source=entry.get("source", "given"),
+                  weight=entry.get("weight", math.nan), truncated=entry.get("truncated", False))
 
 
-def labelled_sample_of(row: dict) -> Sample:
-    """A row as a sample with its reward; KTO's `label` is 1 or 0."""
-    sample, name = sample_of(row), name_in(row, "reward", "label")
-    if "weight" in row and name not in row:
+def labelled_sample_of(entry: dict) -> Sample:
+    """An entry as a sample with its reward; KTO's `label` is 1 or 0."""
+    sample, name = sample_of(entry), name_in(entry, "reward", "label")
+    if "weight" in entry and name not in entry:
         return sample  # rwr.py --weights given asks for no more
-    return sample._replace(reward=row[name])
+    return sample._replace(reward=entry[name])
 
 
 TURN = "\n\nAssistant:"  # the reply's start in a transcript as HH has it
 
 
-def side_of(row: dict, name: str) -> tuple[Any, str]:
+def side_of(entry: dict, name: str) -> tuple[Any, str]:
     """One side of a preference as (prompt, response).  Raises LeftOut if it ends with the human.
     Without a `prompt` it must be a whole conversation."""
-    given = prompt_of(row)[0] if row.keys() & {*PROMPT_COLUMNS, "messages"} else None
-    side = row[name]
+    given = prompt_of(entry)[0] if entry.keys() & {*PROMPT_COLUMNS, "messages"} else None
+    side = entry[name]
     if isinstance(side, str):
         whole = side.startswith("\n\nHuman:") and TURN in side
         if given is not None and not (whole and isinstance(given, str) and TURN not in given):
@@ -1185,31 +1187,32 @@ def side_of(row: dict, name: str) -> tuple[Any, str]:
         raise KeyError("prompt")
     if before and given is not None:  # the prompt once, which the side repeats
         given = given if isinstance(given, list) else [{"role": "user", "content": given}]
-        said = [m["content"].strip() for m in side]
-        require(all(m["content"].strip() in said for m in given if m["role"] != "system"),
+        contents = [m["content"].strip() for m in side]
+        require(all(m["content"].strip() in contents for m in given if m["role"] != "system"),
                 f"the field {name!r} is a conversation without the row's prompt in it")
         before = [m for m in given if m["role"] == "system" and m not in side] + before
     return before or given, last["content"]
 
 
-def ranking_of(part: str, row: dict, notes: Counter) -> Ranking:
-    """A row's preference."""
-    if "ranked" in row:
-        (prompt, _), texts = prompt_of(row), row["ranked"]
+def ranking_of(part: str, entry: dict, notes: Counter) -> Ranking:
+    """An entry's preference."""
+    if "ranked" in entry:
+        (prompt, _), texts = prompt_of(entry), entry["ranked"]
     else:
-        (prompt, chosen), (other, rejected) = side_of(row, "chosen"), side_of(row, "rejected")
+        (prompt, chosen), (other, rejected) = side_of(entry, "chosen"), side_of(entry, "rejected")
         if prompt_key(prompt) != prompt_key(other):
             raise LeftOut("differing in more than the last response")
         texts = [chosen, rejected]
     if isinstance(prompt, str) and all(text.startswith(prompt) for text in texts):
         notes["repeated their prompt in every response: read once"] += 1
         texts = [text[len(prompt):] for text in texts]
-    said = tuple(text for text in texts if text.strip())
-    if len(said) < 2:
+    responses = tuple(text for text in texts if text.strip())
+    if len(responses) < 2:
         raise LeftOut("with an empty response")
-    notes["blank responses in `ranked` left out"] += len(texts) - len(said)
-    notes["with two equal responses, from which nothing is learnt"] += len(set(said)) < len(said)
-    return Ranking(prompt, said)
+    notes["blank responses in `ranked` left out"] += len(texts) - len(responses)
+    equal = len(set(responses)) < len(responses)
+    notes["with two equal responses, from which nothing is learnt"] += equal
+    return Ranking(prompt, responses)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1217,8 +1220,8 @@ def read_preferences(source: str, share: float, seed: int,
                      most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
     """Preferences for training and held out, split by prompt: the files, folders and splits whose
     name says test, valid or eval are held out; where none or all do, prompts by hash and seed."""
-    found = list(parsed_rows(source, PREFERENCE_COLUMNS,
-                             lambda part, *row: (part, ranking_of(part, *row))))
+    found = list(parsed_entries(source, PREFERENCE_COLUMNS,
+                                lambda part, *entry: (part, ranking_of(part, *entry))))
     require(found, f"{source}: no usable preference")
     parts = {part for part, _ in found}
     named = {part for part in parts if re.search(
@@ -1265,11 +1268,11 @@ def is_held_out(prompt: Any, share: float, seed: int) -> bool:
 @functools.lru_cache(maxsize=4)
 def read_prompts(source: str) -> list:
     """Distinct prompts of rows that have one, in any of the shapes above, in order."""
-    def parse(part: str, row: dict, notes: Counter) -> Any:
-        if "chosen" not in row:
-            return prompt_of(row)[0]
-        return side_of({name: row[name] for name in row if name != "messages"}, "chosen")[0]
-    prompts = parsed_rows(source, PREFERENCE_COLUMNS | {"messages"}, parse, " for their prompts")
+    def parse(part: str, entry: dict, notes: Counter) -> Any:
+        if "chosen" not in entry:
+            return prompt_of(entry)[0]
+        return side_of({name: entry[name] for name in entry if name != "messages"}, "chosen")[0]
+    prompts = parsed_entries(source, PREFERENCE_COLUMNS | {"messages"}, parse, " for their prompts")
     return list({prompt_key(prompt): prompt for prompt in prompts}.values())
 
 
@@ -1326,28 +1329,28 @@ class Tokens:
 
 
 class Examples:
-    """What a policy trains on: some rows of Tokens, each with a weight; tag(i, epoch) is the ids
+    """What a policy trains on: some of the samples, each with a weight; tag(i, epoch) is the ids
     that go between sample i's prompt and its response."""
 
-    def __init__(self, tokens: Tokens, rows: Optional[np.ndarray] = None,
+    def __init__(self, tokens: Tokens, indices: Optional[np.ndarray] = None,
                  weight: Optional[np.ndarray] = None,
                  tag: Callable[[int, int], list[int]] = lambda i, epoch: []):
         self.tokens, self.tag = tokens, tag
-        self.rows = np.arange(len(tokens.lengths)) if rows is None else rows
+        self.indices = np.arange(len(tokens.lengths)) if indices is None else indices
         self.weight = np.ones(len(tokens.lengths)) if weight is None else weight
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def example(self, i: int, epoch: int = 0) -> Example:
         """The i-th example as this epoch reads it."""
-        row = int(self.rows[i])
-        (ids, mask), tag = self.tokens[row], self.tag(row, epoch)
+        index = int(self.indices[i])
+        (ids, mask), tag = self.tokens[index], self.tag(index, epoch)
         if tag:
             at = np.flatnonzero(np.append(True, ~mask))[-1]  # where the last response begins
             ids = np.concatenate([ids[:at], tag, ids[at:]])
             mask = np.concatenate([mask[:at], [False] * len(tag), mask[at:]])
-        return Example(ids, mask, float(self.weight[row]))
+        return Example(ids, mask, float(self.weight[index]))
 
 
 class MicroBatch(NamedTuple):
@@ -1446,7 +1449,7 @@ def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: An
 
 
 # ------------------------------------------------------------------------------- packed attention
-# A micro-batch is one row of tokens, sequence after sequence, by transformers' own contract: where
+# A micro-batch is one line of tokens, sequence after sequence, by transformers' own contract: where
 # each begins travels as `cu_seq_lens_q` to the attention function.  It builds no mask.
 
 PACKED = "packed"     # what transformers calls attention(), below
@@ -1537,7 +1540,7 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **slots: An
         # padding comes after a sequence, where causal attention does not look: no mask is needed
         padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
         hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
-        return torch.cat([row[:n] for row, n in zip(hidden, lengths)])
+        return torch.cat([states[:n] for states, n in zip(hidden, lengths)])
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
@@ -1859,17 +1862,17 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, kernel: Callable,
                 *columns: torch.Tensor) -> torch.Tensor:
-        wide, head = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
-        outer = {"out_dtype": wide} if hidden.dtype != wide and hidden.is_cuda else {}
+        acc_dtype, head = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
+        outer = {"out_dtype": acc_dtype} if hidden.dtype != acc_dtype and hidden.is_cuda else {}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_weight = torch.zeros_like(weight, dtype=acc_dtype) if want_weight else None
+        loss = torch.zeros((), dtype=acc_dtype, device=hidden.device)
         for part, logits in logit_chunks(hidden, head):
             loss += kernel(logits, *(c[part] for c in columns)).sum()
             if want_hidden:  # the kernel has left d loss / d logits
                 torch.mm(logits, head, out=grad_hidden[part])
-            if want_weight and logits.dtype == wide:
+            if want_weight and logits.dtype == acc_dtype:
                 grad_weight.addmm_(logits.t(), hidden[part])
             elif want_weight:  # chunks are summed in float32
                 grad_weight += torch.mm(logits.t(), hidden[part], **outer)
@@ -1924,9 +1927,9 @@ def compiled(kernel: Callable) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------- sampler
-# A fixed number of slots, rows of a preallocated cache.  A response that has ended gives its slot
-# to the next prompt; prompts are read packed.  Nothing is padded, no cache copied; on a GPU the
-# decode step is compiled block by block and replayed as a CUDA graph.
+# A fixed number of slots, each a lane of a preallocated cache, or two to guide by.  A response that
+# has ended gives its slot to the next prompt; prompts are read packed.  Nothing is padded, no cache
+# copied; on a GPU the decode step is compiled block by block and replayed as a CUDA graph.
 
 
 class Response(NamedTuple):
@@ -1937,32 +1940,32 @@ class Response(NamedTuple):
 
 
 class Slots:
-    """The sampler's cache: R rows of S positions in each layer.  attention() fills and reads it."""
+    """The sampler's cache: R lanes of S positions in each layer, which attention() fills, reads."""
     flash = True  # until its kernel has failed
 
-    def __init__(self, rows: int, length: int):
-        self.rows, self.length = rows, length
+    def __init__(self, lanes: int, length: int):
+        self.lanes, self.length = lanes, length
         self.kept: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (R, S, heads, D)
         if device().type == "cuda":  # knows layers apart: compiled, it would be so for each
             self.attend = torch.compiler.disable(self.attend)
 
     def read(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
-        """Reads prompts, each into all the rows named: their last hidden states (T, D), packed."""
+        """Reads prompts, each into all the lanes named: their last hidden states (T, D), packed."""
         lengths = list(map(len, prompts))
-        spans = [(row, end - n, n) for n, end, rows in
-                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for row in rows]
-        row, start, size = torch.tensor(spans).T
+        spans = [(lane, end - n, n) for n, end, lanes in
+                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for lane in lanes]
+        lane, start, size = torch.tensor(spans).T
         position = torch.cat([torch.arange(n) for _, _, n in spans])
-        self.new = [x.to(device()) for x in (row.repeat_interleave(size), position,
+        self.new = [x.to(device()) for x in (lane.repeat_interleave(size), position,
                                              start.repeat_interleave(size) + position)]
         ids = torch.tensor(list(itertools.chain(*prompts)), device=device())
         return hidden_states(model, ids, lengths, slots=self)
 
     def decode(self, model: Any, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (R, D) of a token (R,) for each row, at its position (R,)."""
-        self.new = torch.arange(self.rows, device=device()), position, slice(None)
+        """Last hidden states (R, D) of a token (R,) for each lane, at its position (R,)."""
+        self.new = torch.arange(self.lanes, device=device()), position, slice(None)
         self.used = (position + 1).int()
-        self.ends = torch.arange(self.rows + 1, dtype=torch.int32, device=device())
+        self.ends = torch.arange(self.lanes + 1, dtype=torch.int32, device=device())
         self.row_ends = self.ends * self.length
         seen = self.length if device().type == "cuda" else int(self.used.max())
         self.age = position[:, None] - torch.arange(seen, device=device())              # (R, seen)
@@ -1972,19 +1975,19 @@ class Slots:
     def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
         """attention() whose keys and values (B, heads, T, D) are kept: of packed prompts to
-        themselves, or (R, heads, 1, D) -> (R, 1, heads, D) of each row's new token to its row."""
+        themselves, or (R, heads, 1, D) -> (R, 1, heads, D) of each lane's new token to its lane."""
         if layer not in self.kept:
-            self.kept[layer] = [x.new_zeros(self.rows, self.length, x.shape[1], x.shape[3])
+            self.kept[layer] = [x.new_zeros(self.lanes, self.length, x.shape[1], x.shape[3])
                                 for x in (key, value)]
-        rows, positions, source = self.new
+        lanes, positions, source = self.new
         for kept, new in zip(self.kept[layer], (key, value)):
-            kept[rows, positions] = new.transpose(1, 2).flatten(0, 1)[source]    # (., heads, D)
+            kept[lanes, positions] = new.transpose(1, 2).flatten(0, 1)[source]    # (., heads, D)
         if packed[0] is not None:
             return attention(layer, query, key, value, None, scale, window, *packed)[0]
         keys, values = self.kept[layer]                                         # (R, S, heads, D)
         window = window if window and window < self.length else None
         if query.is_cuda and values.dtype.itemsize == 2 and Slots.flash:
-            try:  # a kernel that reads no further than a row has come
+            try:  # a kernel that reads no further than a lane is filled
                 return torch.ops.aten._flash_attention_forward(
                     query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
                     self.row_ends, 1, self.length, 0.0, False, False, scale=scale,
@@ -1997,15 +2000,15 @@ class Slots:
         keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
         # query heads that share a key are so many positions of one head: no key is copied
         out = torch.nn.functional.scaled_dot_product_attention(
-            query.reshape(self.rows, keys.shape[1], -1, query.shape[3]), keys, values,
+            query.reshape(self.lanes, keys.shape[1], -1, query.shape[3]), keys, values,
             seen[:, None, None], scale=scale)
-        return out.reshape(self.rows, 1, query.shape[1], -1)
+        return out.reshape(self.lanes, 1, query.shape[1], -1)
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Forgets all rows but these."""
-        self.rows = len(rows)
+    def keep(self, lanes: torch.Tensor) -> None:
+        """Forgets all lanes but these."""
+        self.lanes = len(lanes)
         for pair in self.kept.values():
-            pair[:] = [x[rows] for x in pair]
+            pair[:] = [x[lanes] for x in pair]
 
 
 @torch.inference_mode()
@@ -2014,7 +2017,7 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
            seeds: Optional[list[int]] = None, what: str = "sampling") -> list[Response]:
     """A response to each prompt's ids, in the prompts' order on every rank; ranks share the work.
 
-    A row's randomness comes from the seed and the row's own of `seeds` (its index), not from its
+    A response's randomness comes from the seed and its own of `seeds` (its index), not from its
     slot or rank.  Log-probs are those of the distribution at cfg.temperature, before top-p.  With
     `guidance` g tokens are drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional))
     (Sanchez et al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle
@@ -2024,17 +2027,17 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     share = sorted(range(rank(), len(prompts), world_size()), key=lambda i: (len(prompts[i]), i))
     paths = [[prompts[i], *([unconditional[i]] if guidance else [])] for i in share]
     uniform = torch.zeros(len(share) + 1, most, dtype=torch.float64)  # the last is an idle slot's
-    for row, i in zip(uniform, share):
+    for draws, i in zip(uniform, share):
         key = [seed, i if seeds is None else seeds[i]]
-        row[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(most))
+        draws[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(most))
     found = {}
-    with progress(None, what, total=len(share), unit="row") as bar:
+    with progress(None, what, total=len(share), unit="response") as bar:
         packed = model.config.get_text_config()._attn_implementation == PACKED
-        said, log_probs = (x.cpu() for x in (fill_slots if packed else generate)(
+        tokens, log_probs = (x.cpu() for x in (fill_slots if packed else generate)(
             model, paths, uniform.to(device()), cfg, stop, guidance, bar, cost))
-    ends = torch.isin(said, torch.tensor(stop))
+    ends = torch.isin(tokens, torch.tensor(stop))
     lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, most).tolist()
-    for i, path, ids, log_p, m in zip(share, paths, said, log_probs, lengths):
+    for i, path, ids, log_p, m in zip(share, paths, tokens, log_probs, lengths):
         found[i] = Response(ids[:m].tolist(), log_p[:m].tolist(), int(ids[m - 1]) not in stop)
         for n in map(len, path):
             cost.add_forward(model, m - 1, (m - 1) * (2 * n + m) // 2, m - 1)
@@ -2050,13 +2053,14 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
     """
     (n, most), ways = (len(paths), uniform.shape[1]), 1 + bool(guidance)
     gpu, count, choice = device().type == "cuda", cfg.slots or 64, choose
-    least = 2 if gpu else 1  # one row would be compiled anew
+    least = 2 if gpu else 1  # one lane would be compiled anew
     longest = most + max((len(p) for path in paths for p in path), default=0)
     if gpu and not cfg.slots:
         two = Slots(1, 2)
         two.read(model, {(0, 0): [0]})
-        row = longest / 2 * sum(x.nbytes for pair in two.kept.values() for x in pair)
-        count = min(512, max(1, int(0.6 * torch.cuda.mem_get_info()[0] / (ways * row))))
+        lane_bytes = longest / 2 * sum(x.nbytes for pair in two.kept.values() for x in pair)
+        free = torch.cuda.mem_get_info()[0]
+        count = min(512, max(1, int(0.6 * free / (ways * lane_bytes))))
     if gpu and cfg.compile:
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled is run as it is
         torch._dynamo.config.recompile_limit = 64    # of one piece of code, for all models
@@ -2068,8 +2072,8 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
     slots = Slots(ways * len(path), longest)
     prompt_length, last = (torch.tensor([[f(p) for p in path] for path in [*paths, [[0]] * ways]],
                                         device=device()) for f in (len, lambda p: p[-1]))
-    said, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
-    length, stops = torch.zeros_like(said[:, 0]), torch.tensor(stop, device=device())
+    tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
+    length, stops = torch.zeros_like(tokens[:, 0]), torch.tensor(stop, device=device())
     never = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.int64,
                          device=device())
 
@@ -2080,7 +2084,7 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
         hidden = slots.decode(model, last[path].flatten(), position.flatten())
         token, log_p = choice(logits_of(model, hidden), uniform[path, t], never, cfg.temperature,
                               cfg.top_p, guidance)
-        said[path, t], log_probs[path, t], last[path] = token, log_p.double(), token[:, None]
+        tokens[path, t], log_probs[path, t], last[path] = token, log_p.double(), token[:, None]
         length[path] = t + 1
         length[n:].zero_()
         path.masked_fill_(torch.isin(token, stops) | (t + 1 == most), n)
@@ -2093,7 +2097,7 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
             taken = dict(zip(free, range(begun, n)))
             begun += len(taken)
             path[list(taken)] = torch.tensor(list(taken.values()), device=device())
-            wanted: dict[tuple, list[int]] = {}     # each prompt once, and the rows that want it
+            wanted: dict[tuple, list[int]] = {}     # each prompt once, and the lanes that want it
             for slot, i in taken.items():
                 for way, prompt in enumerate(paths[i]):
                     wanted.setdefault(tuple(prompt), []).append(slot * ways + way)
@@ -2102,7 +2106,7 @@ def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop
             for part in group_by_token_budget(lengths, FORWARD_ONLY * cfg.forward_tokens):
                 slots.read(model, {prompts[j]: wanted[prompts[j]] for j in part})
         elif begun == n and len(free) == len(path):
-            return said, log_probs
+            return tokens, log_probs
         elif begun == n and 2 * len(free) >= len(path) > (64 if gpu else 1):  # half will do
             half = path.argsort()[:len(path) - len(path) // 2, None]  # the idle are last
             slots.keep((half * ways + torch.arange(ways, device=device())).flatten())
@@ -2118,39 +2122,41 @@ def generate(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: 
     by transformers' generate, to which our own choice of token is handed."""
     from transformers import GenerationConfig, LogitsProcessorList
     ways, own = 1 + bool(guidance), model.generation_config
-    said, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
+    tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
     never = torch.tensor(own.suppress_tokens or [], dtype=torch.int64, device=device())
-    asked = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
+    settings = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
                              pad_token_id=stop[0])
-    for rows in torch.arange(len(paths)).split(cfg.slots or 64):
-        prompts = [prompt for i in rows.tolist() for prompt in paths[i]]            # (R * ways)
+    for batch in torch.arange(len(paths)).split(cfg.slots or 64):
+        prompts = [prompt for i in batch.tolist() for prompt in paths[i]]            # (R * ways)
         lengths = [len(prompt) for prompt in prompts]
         cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
         width, least = max(lengths), lengths.index(min(lengths))
-        shortest = torch.tensor([prompts[least]], device=device())
-        alone = model(shortest, use_cache=False).logits[0, -1]
-        ids = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
+        padded = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
         mask = torch.tensor([[0] * (width - m) + [1] * m for m in lengths], device=device())
 
-        def ours(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            t = tokens.shape[1] - width  # noqa: B023
+        if lengths[least] < width:
+            shortest = torch.tensor([prompts[least]], device=device())
+            alone = model(shortest, use_cache=False).logits[0, -1]
+
+        def ours(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            t = ids.shape[1] - width  # noqa: B023
             if t == 0 and lengths[least] < width:  # noqa: B023  was it read as it is alone?
                 require((scores[least] - alone).std() < 0.2 * alone.std(),  # noqa: B023
                         f"a {type(model).__name__} reads padded prompts wrongly; give --slots 1, "
                         "and --guidance 0")
-            token, log_p = choose(scores, uniform[rows, t], never, cfg.temperature,  # noqa: B023
+            token, log_p = choose(scores, uniform[batch, t], never, cfg.temperature,  # noqa: B023
                                   cfg.top_p, guidance)
-            said[rows, t], log_probs[rows, t] = token, log_p.double()  # noqa: B023
+            tokens[batch, t], log_probs[batch, t] = token, log_p.double()  # noqa: B023
             chosen = token.repeat_interleave(ways)[:, None]
             return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
         try:
             model.generation_config = GenerationConfig()  # its penalties are not asked for here
-            model.generate(ids, attention_mask=mask, generation_config=asked,
+            model.generate(padded, attention_mask=mask, generation_config=settings,
                            logits_processor=LogitsProcessorList([ours]))
         finally:
             model.generation_config = own
-        bar.update(len(rows))
-    return said, log_probs
+        bar.update(len(batch))
+    return tokens, log_probs
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -2181,22 +2187,22 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, never: torch.Tensor, tem
 
 
 def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
-    """One token a row from log-probs (R, V), by inverting the cumulative distribution at uniform
+    """A token each from log-probs (R, V), by inverting the cumulative distribution at uniform
     (R,): int64 (R,)."""
     p, order = log_p.exp(), None
     if top_p < 1:
         p, order = p.sort(-1, descending=True)
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
-    # In two steps, block and place in it: a running sum over a whole vocabulary is slow and inexact
+    # In two steps, block and token in it: a running sum over a whole vocabulary is slow and inexact
     blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))
     total = blocks.sum(-1).double().cumsum(-1)                                      # (R, V / 256)
     at = (uniform.double() * total[:, -1])[:, None]                                     # (R, 1)
     block = torch.searchsorted(total, at, right=True).clamp(max=total.shape[1] - 1)
     before = torch.where(block > 0, total.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].double().cumsum(-1)
-    place = torch.searchsorted(inside, at - before, right=True)
+    offset = torch.searchsorted(inside, at - before, right=True)
     last = (inside < inside[:, -1:]).sum(-1, keepdim=True)  # never behind the last p > 0
-    index = block * 256 + torch.minimum(place, last)
+    index = block * 256 + torch.minimum(offset, last)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)
 
 
@@ -2204,7 +2210,7 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
 # samples.jsonl is the contract between labelling and training: anything may write it, every offline
 # trainer reads it.
 
-LABELLED_TOGETHER = 1024  # rows that a kill may cost
+LABELLED_TOGETHER = 1024  # samples that a kill may cost
 
 
 @dataclass
@@ -2247,7 +2253,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
           held_out: set[int]) -> dict[str, Cost]:
     """Writes the samples file and its record, unless they are there; returns what they cost.
 
-    Each part of the rows is a file of its own at first: a run that was killed goes on after them.
+    Each part of them is a file of its own at first: a run that was killed goes on after them.
     """
     wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
     record, work = path.with_suffix(".json"), path.with_name(f".samples.{fingerprint(wanted)}")
@@ -2264,27 +2270,28 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
         for start in progress(range(before.get("end", 0), count, LABELLED_TOGETHER), "samples"):
             end = min(start + LABELLED_TOGETHER, count)
             part, first = given[start:end], max(0, start - len(given))
-            asked = prompts[first:max(0, end - len(given))]  # those given come first
+            requested = prompts[first:max(0, end - len(given))]  # those given come first
             with track_cost() as generation:
-                if asked:
+                if requested:
                     model = model or load_model(base.folder, compute_dtype(cfg))
-                    replies = sample(model, codec.prompts(asked), cfg, cfg.seed, codec.stop_ids,
+                    replies = sample(model, codec.prompts(requested), cfg, cfg.seed, codec.stop_ids,
                                      generation, seeds=range(first, count), what="generating")
                     part += [Sample(prompt, codec.decode(r), math.nan, "generated", r.truncated)
-                             for prompt, r in zip(asked, replies)]
+                             for prompt, r in zip(requested, replies)]
             with track_cost() as labelling:
                 rewards = score([s.prompt for s in part], [s.response for s in part],
                                 [s.truncated for s in part], labelling)
             costs = {name: asdict(Cost(**costs[name]) + spent) for name, spent in
                      (("generation", generation), ("labelling", labelling))}
-            rows = [{"prompt": s.prompt, "response": s.response, "source": s.source,
+            entries = [{"prompt": s.prompt, "response": s.response, "source": s.source,
                      "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
-            write_record(work / f"{end:012}", wanted, generation + labelling, end=end, rows=rows,
-                         costs=costs)
+            write_record(work / f"{end:012}", wanted, generation + labelling, end=end,
+                         entries=entries, costs=costs)
         if rank() == 0:
             record.unlink(missing_ok=True)  # that of the file which is replaced now
-            write_beside(path, (json.dumps(row, ensure_ascii=False) for part in
-                                sorted(work.glob("[0-9]*")) for row in read_record(part)["rows"]))
+            parts = map(read_record, sorted(work.glob("[0-9]*")))
+            write_beside(path, (json.dumps(entry, ensure_ascii=False)
+                                for part in parts for entry in part["entries"]))
         codec.say_cuts()
         total = Cost(**costs["generation"]) + Cost(**costs["labelling"])
         write_record(record, wanted, total, costs=costs)
@@ -2301,7 +2308,7 @@ def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
     if cfg.responses:
         parse = functools.partial(unseen, sample_of, held_out)
         columns = SAMPLE_COLUMNS - {"reward", "label", "weight"}
-        given = list(parsed_rows(cfg.responses, columns, parse))
+        given = list(parsed_entries(cfg.responses, columns, parse))
     elif "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
         rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in held_out]
         given = [Sample(r.prompt, r.responses[0], source="chosen") for r in rankings]
@@ -2314,9 +2321,9 @@ def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
     return given, prompts
 
 
-def unseen(parse: Callable, held_out: set[int], part: str, row: dict, notes: Counter) -> Sample:
-    """parse(row) for parsed_rows, but for rows with held-out prompts."""
-    found = parse(row)
+def unseen(parse: Callable, held_out: set[int], part: str, entry: dict, notes: Counter) -> Sample:
+    """parse(entry) for parsed_entries, but for those with held-out prompts."""
+    found = parse(entry)
     if prompt_hash(found.prompt) in held_out:
         raise LeftOut("with held-out prompts")
     return found
@@ -2324,7 +2331,7 @@ def unseen(parse: Callable, held_out: set[int], part: str, row: dict, notes: Cou
 
 def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
                  **known: Any) -> Samples:
-    """Reads a samples file, but for rows with held-out prompts, and tokenises it into the folder.
+    """Reads a samples file, but for held-out prompts, and tokenises it into the folder.
 
     Raises BadInput where the rewards are all alike, or one so far out that the others look alike.
     """
@@ -2332,8 +2339,8 @@ def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
 
     def sequences() -> Iterator[tuple]:
         parse = functools.partial(unseen, labelled_sample_of, held_out)
-        rows = iter(progress(parsed_rows(path, SAMPLE_COLUMNS, parse), "reading samples"))
-        while chunk := list(itertools.islice(rows, 4096)):
+        entries = iter(progress(parsed_entries(path, SAMPLE_COLUMNS, parse), "reading samples"))
+        while chunk := list(itertools.islice(entries, 4096)):
             labels.extend((s.reward, s.weight, prompt_hash(s.prompt)) for s in chunk)
             sources.update(s.source for s in chunk)
             yield from codec.sequences(chunk)
@@ -2377,8 +2384,8 @@ class Variant(NamedTuple):
 
 def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, rm: Optional[Stage],
              samples: Samples, judge: Optional[Callable] = None) -> None:
-    """Adds the base policy and the policy's variants to the leaderboard, where their rows are not
-    there yet, and prints it.  samples.costs is what the algorithm needed beside its training."""
+    """Adds base policy and variants of the policy to the leaderboard, where they are not in it yet,
+    and prints it.  samples.costs is what the algorithm needed beside its training."""
     if not cfg.eval_prompts:
         return
     held_out = split_prompts(cfg, held_out=True)
@@ -2387,7 +2394,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     for other in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples"):
         del alike[other]
     board, name = Path(cfg.out) / "leaderboard.jsonl", Path(policy.folder).name
-    rows = [row for _, row in read_jsonl(board)] if board.exists() else []
+    entries = [entry for _, entry in read_jsonl(board)] if board.exists() else []
     load = functools.cache(functools.partial(load_model, dtype=compute_dtype(cfg)))
     score, verdict = (load_scorer and functools.cache(load_scorer)
                       for load_scorer in (rm and rm.load_scorer, judge))
@@ -2400,7 +2407,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
         origin = {"setting": fingerprint(alike), "policy": stage.fingerprint,
                   "samples": samples.fingerprint, "scorer": rm.fingerprint if rm else "",
                   "replies": content_hash(str(file))}
-        if any({**row, **key, **origin} == row for row in rows):
+        if any({**entry, **key, **origin} == entry for entry in entries):
             replies[file.stem] = [r for _, r in read_jsonl(file)]
             continue
         with track_cost() as spent:
@@ -2411,7 +2418,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
         barrier()
         train = costs.get("training", Cost())
         total = sum((cost for stage, cost in costs.items() if stage != "base"), Cost())
-        rows = [row for row in rows if {**row, **key} != row] + [{
+        entries = [entry for entry in entries if {**entry, **key} != entry] + [{
             **key, **origin, "replies": content_hash(str(file)), "target": variant.target,
             **means(found, next(iter(replies.values()))), "judge": cfg.judge,
             "world_size": world_size(), "checkpoint": stage.folder,
@@ -2420,16 +2427,16 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
             "peak_memory_bytes": train.peak_memory_bytes,
             "costs": {s: asdict(c) for s, c in {**costs, "evaluation": spent}.items()}}]
         if rank() == 0:
-            write_beside(board, map(json.dumps, rows))
+            write_beside(board, map(json.dumps, entries))
         barrier()
     first = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
     print0("\n" + first.strip()[-600:])
     for stem, found in replies.items():
         print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
-    print_leaderboard([row for row in rows if row.get("setting") == fingerprint(alike)])
-    asked = [v for v in variants if v.target is not None and not v.guidance]
-    report_slope(asked, [replies[replies_file(Path(cfg.out), name, v.name, cfg.seed).stem]
-                         for v in asked], Path(cfg.out))
+    print_leaderboard([entry for entry in entries if entry.get("setting") == fingerprint(alike)])
+    unguided = [v for v in variants if v.target is not None and not v.guidance]
+    report_slope(unguided, [replies[replies_file(Path(cfg.out), name, v.name, cfg.seed).stem]
+                         for v in unguided], Path(cfg.out))
 
 
 def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
@@ -2495,14 +2502,14 @@ COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win
            "all s": ("total_seconds", ".0f"), "all FLOP": ("total_flops", ".1e")}
 
 
-def print_leaderboard(rows: list[dict]) -> None:
-    """The table of comparable rows: of the same data, prompts and sampling, whatever seed.
+def print_leaderboard(entries: list[dict]) -> None:
+    """The table of comparable entries: of the same data, prompts and sampling, whatever seed.
 
     "all" is training with all that it needs.
     """
-    width = max(len(f"{r['algorithm']} {r['variant']}") for r in rows)
+    width = max(len(f"{r['algorithm']} {r['variant']}") for r in entries)
     print0("\n" + " " * width + "  seed" + "".join(f"{head:>10}" for head in COLUMNS))
-    for r in sorted(rows, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
+    for r in sorted(entries, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
         cells = ("-" if r[name] is None else format(r[name], form)
                  for name, form in COLUMNS.values())
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
@@ -2525,21 +2532,22 @@ def slope_watcher(count: int, samples: Samples, rm: Optional[Stage], codec: Code
     def watch(run: TrainingRun, step: int) -> dict:
         if not run.is_due(step):
             return {}
-        spent = Cost()  # on watching, not on training
+        begun, spent = time.perf_counter(), Cost()  # on watching, not on training
         model = sampling_copy(getattr(run.policy, "module", run.policy).model, cfg)
         replies = sample(model, ids, cfg, cfg.seed + step, codec.stop_ids, spent)
         rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
                                   [r.truncated for r in replies], spent))
         got = rewards.reshape(2, -1).mean(1)
         slope = (got[1] - got[0]) / (high.target - low.target)
+        run.cost.seconds -= time.perf_counter() - begun
         print0(f"  step {step + 1}: slope of the reward got on the reward asked for {slope:.2f}")
         return {"slope": slope}
     return watch
 
 
-def report_slope(asked: list[Variant], replies: list[list[dict]], folder: Path) -> None:
+def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Path) -> None:
     """Prints, and draws where matplotlib is there, what the policy got for each target."""
-    want = np.array([variant.target for variant in asked])                              # (K,)
+    want = np.array([variant.target for variant in unguided])                              # (K,)
     got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
     if len(set(want)) < 2 or np.isnan(got).any():
         return
@@ -2854,7 +2862,7 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         pad_token_id=None)).to(device())
     own = replace(cfg, lr=5e-3, steps=600, batch_size=32)
     optimizer, schedule = make_optimizer(model, own, own.steps)
-    examples, steps = codec.pairs(*zip(*pairs)), own.steps if rank() == 0 else 0
+    examples, steps = codec.tokenise(*zip(*pairs)), own.steps if rank() == 0 else 0
     for _, _, indices in progress(step_indices(len(pairs), own, steps), "base", total=steps):
         micro = collate([Example(*examples[i]) for i in indices])
         hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]           # (N, D)

@@ -73,7 +73,7 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
     kept = np.concatenate([group[best(z[group], cfg.keep)] for group in groups])
     print0(f"  kept {len(kept):,} of {len(z):,} samples: reward z from {z[kept].min():.2f}, "
            f"mean {z[kept].mean():.2f}")
-    return Examples(samples.tokens, rows=kept)
+    return Examples(samples.tokens, indices=kept)
 
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> None:

@@ -163,9 +163,9 @@ def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, (x - inside.mean()) / (inside.std(correction=0) + 1e-8), 0.0)
 
 
-def ragged(rows: list) -> torch.Tensor:
-    """Rows of uneven length as (R, T) float64, zeros after their ends."""
-    tensors = [torch.as_tensor(row, dtype=torch.float64) for row in rows]
+def ragged(responses: list) -> torch.Tensor:
+    """A number for each token of R responses as (R, T) float64, zeros after their ends."""
+    tensors = [torch.as_tensor(values, dtype=torch.float64) for values in responses]
     return pad_sequence(tensors, batch_first=True)
 
 

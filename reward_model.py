@@ -79,33 +79,33 @@ class Pairs(NamedTuple):
 
 def prepare(rankings: list[Ranking], codec: common.Codec, folder: Path) -> common.Tokens:
     """Ranked responses -> the ids of each after its prompt, ranking by ranking, best first."""
-    rows = [(ranking.prompt, text) for ranking in rankings for text in ranking.responses]
+    texts = [(ranking.prompt, text) for ranking in rankings for text in ranking.responses]
 
     def sequences() -> Iterator[tuple]:
-        for start in common.progress(range(0, len(rows), 4096), "tokenising"):
-            yield from codec.pairs(*zip(*rows[start:start + 4096]), whole=True)
+        for start in common.progress(range(0, len(texts), 4096), "tokenising"):
+            yield from codec.tokenise(*zip(*texts[start:start + 4096]), whole=True)
         codec.say_cuts()
     return common.Tokens(folder / "tokens", sequences)
 
 
-def packed(rows: list[np.ndarray], padding: Optional[int]) -> tuple:
-    """Ids (T,), lengths, and where each of the rows is read: at its last token that is no padding,
-    as transformers' own forward does."""
-    lengths, ends = [len(row) for row in rows], np.cumsum([len(row) for row in rows])
-    last = [end - 1 - int(np.argmax(row[::-1] != (-1 if padding is None else padding)))
-            for row, end in zip(rows, ends)]
-    ids = torch.from_numpy(np.concatenate(rows).astype(np.int64))
+def packed(sequences: list[np.ndarray], padding: Optional[int]) -> tuple:
+    """Ids (T,), lengths, and where each sequence is read: at its last token that is no padding, as
+    transformers' own forward does."""
+    lengths = [len(ids) for ids in sequences]
+    last = [end - 1 - int(np.argmax(ids[::-1] != (-1 if padding is None else padding)))
+            for ids, end in zip(sequences, np.cumsum(lengths))]
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
     return ids.to(common.device()), lengths, torch.tensor(last, device=common.device())
 
 
 def collate(groups: list[list[np.ndarray]], share: float, padding: Optional[int]) -> Pairs:
     """Encoded rankings as tensors; `share` is what each prompt counts in the mean."""
     pairs, weight, start = [], [], 0
-    for rows in groups:  # best first: (better, worse)
-        own = list(itertools.combinations(range(start, start + len(rows)), 2))
+    for responses in groups:  # best first: (better, worse)
+        own = list(itertools.combinations(range(start, start + len(responses)), 2))
         pairs += own
         weight += [share / len(own)] * len(own)
-        start += len(rows)
+        start += len(responses)
     better, worse = torch.tensor(pairs, device=common.device()).T
     return Pairs(*packed(list(itertools.chain(*groups)), padding), better, worse,
                  torch.tensor(weight, device=common.device()))
@@ -116,7 +116,7 @@ def micro_batches(tokens: common.Tokens, spans: list[range], padding: Optional[i
     """This rank's micro-batches of a step over rankings; a prompt's responses stay together."""
     lengths = [len(span) * int(tokens.lengths[span].max()) for span in spans]
     share = common.world_size() / len(spans)  # DDP averages gradients over ranks
-    return [collate([[tokens[row][0] for row in spans[i]] for i in which or [0]],
+    return [collate([[tokens[response][0] for response in spans[i]] for i in which or [0]],
                     share if which else 0.0, padding)
             for which in common.group_by_token_budget(lengths, cfg.forward_tokens, over_ranks=True)]
 
@@ -140,7 +140,7 @@ def train(cfg: Config, base: Stage, folder: Path, cost: Cost) -> Callable:
         for step, _, indices in common.step_indices(len(rankings), cfg, steps, run.first):
             loss, accuracy = 0.0, 0.0
             lr = schedule.get_last_lr()[0]
-            spans = [range(ends[i], ends[i + 1]) for i in indices]  # each ranking's rows of tokens
+            spans = [range(ends[i], ends[i + 1]) for i in indices]  # each one's responses in tokens
             micros = micro_batches(tokens, spans, padding, cfg)
             for micro in micros:
                 rm.require_backward_grad_sync = micro is micros[-1]  # DDP: reduce once
@@ -225,16 +225,16 @@ def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more
 @torch.no_grad()
 def score(model: RewardModel, codec: common.Codec, cfg: common.Config, prompts: list,
           responses: list[str], truncated: list[bool], cost: Cost) -> list[float]:
-    """Raw scores, in the rows' order on every rank; a row's does not depend on its batch."""
-    rows = [ids for ids, _ in codec.pairs(prompts, responses, truncated, whole=True)]
+    """Raw scores, in the responses' order on every rank; none depends on its batch."""
+    sequences = [ids for ids, _ in codec.tokenise(prompts, responses, truncated, whole=True)]
     padding, found = model.model.config.get_text_config().pad_token_id, {}
     budget = common.FORWARD_ONLY * cfg.forward_tokens
-    groups = common.group_by_token_budget([len(row) for row in rows], budget, over_ranks=True)
+    groups = common.group_by_token_budget(list(map(len, sequences)), budget, over_ranks=True)
     for group in common.progress(groups, "scoring"):
-        ids, lengths, last = packed([rows[i] for i in group or [0]], padding)  # ranks keep in step
+        ids, lengths, last = packed([sequences[i] for i in group or [0]], padding)  # keep in step
         cost.add_forward(model.model, len(ids), sum(n * n for n in lengths), 0)
         found.update(zip(group, model(ids, lengths, last).tolist()))
-    return common.gather_by_index(found, len(rows))
+    return common.gather_by_index(found, len(sequences))
 
 
 def load_scorer(cfg: common.Config, folder: str) -> Callable:
@@ -252,8 +252,8 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
 
 def report(cfg: common.Config, folder: str, rankings: list[Ranking]) -> dict:
     """Accuracy on held-out preferences, and that of length alone; each prompt counts alike."""
-    rows = [(ranking.prompt, text, False) for ranking in rankings for text in ranking.responses]
-    scores = iter(load_scorer(cfg, folder)(*map(list, zip(*rows)), Cost()))
+    texts = [(ranking.prompt, text, False) for ranking in rankings for text in ranking.responses]
+    scores = iter(load_scorer(cfg, folder)(*map(list, zip(*texts)), Cost()))
     by_prompt, pairs = [], 0
     for ranking in rankings:
         read = [(next(scores), len(text)) for text in ranking.responses]

@@ -737,7 +737,7 @@ def codec_with(folder, **flags):
 
 
 def test_special_token_text_in_data_is_data(codec):
-    (ids, mask), = codec.pairs(["Human: Hi"], [" fine <|endoftext|> more"])
+    (ids, mask), = codec.tokenise(["Human: Hi"], [" fine <|endoftext|> more"])
     ids, eos = ids[mask].tolist(), codec.tokenizer.eos_token_id
     assert ids.count(eos) == 1 and ids[-1] == eos
 
@@ -769,7 +769,7 @@ def test_special_token_text_in_a_chat_message_is_data(tmp_path):
 
 def test_boundary_between_prompt_and_response_is_exact(codec):
     prompt, response = "\n\nHuman: Hi\n\nAssistant:", " They are"
-    (ids, mask), = codec.pairs([prompt], [response])
+    (ids, mask), = codec.tokenise([prompt], [response])
     assert codec.tokenizer.decode(ids[~mask]) == prompt
     assert codec.tokenizer.decode(ids[mask][:-1]) == response
     assert codec.prompts([prompt]) == [ids[~mask].tolist()]
@@ -785,7 +785,7 @@ def test_eos_never_disappears_from_the_loss(codec):
 
 def test_cut_responses_carry_no_eos_and_long_prompts_are_cut_on_the_left(run, codec, capsys):
     def response(text, codec=codec, **more):
-        (ids, mask), = codec.pairs(["Human: Hi"], [text], **more)
+        (ids, mask), = codec.tokenise(["Human: Hi"], [text], **more)
         return ids[mask].tolist()
     full = response(" They are small.")
     shorter = codec_with(run[0] / "base", max_response_tokens=len(full) - 1)
@@ -1325,7 +1325,7 @@ def write(path, *rows):
 
 def samples_in(path):
     """The labelled samples of a file, as every trainer reads them."""
-    return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
+    return list(common.parsed_entries(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
                                    common.labelled_sample_of(row)))
 
 
@@ -1458,7 +1458,7 @@ def test_samples_stay_on_disk_at_a_few_bytes_a_row(codec, tmp_path):
             assert not array.flags.writeable
         assert samples.rewards.tolist() == list(range(2000))
         ids, mask = samples.tokens[1999]
-        expected, = codec.pairs(["p1999"], ["x" * 1000])
+        expected, = codec.tokenise(["p1999"], ["x" * 1000])
         np.testing.assert_array_equal(ids, expected[0])
         np.testing.assert_array_equal(mask, expected[1])
 
@@ -3154,13 +3154,13 @@ def test_turns_end_as_the_model_and_its_template_say(tmp_path, capsys, template,
     said = capsys.readouterr().out
     assert said.count("ends a turn with") == told and (not told or end in said)
     assert set(codec.stop_ids) == {eos, end_id} and codec.turn_end == [end_id]
-    (ids, mask), = codec.pairs(["text"], [" reply"])
+    (ids, mask), = codec.tokenise(["text"], [" reply"])
     assert ids[-1] == eos and mask[-1]
     common.save_folder(tmp_path / "saved", common.load_model(folder), codec, cfg, "card")
     kept = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
     assert set(kept if isinstance(kept, list) else [kept]) == {eos, end_id}
     if template:
-        (ids, mask), = codec.pairs([ZOO_CHAT], [ZOO_REPLY["content"]])
+        (ids, mask), = codec.tokenise([ZOO_CHAT], [ZOO_REPLY["content"]])
         whole = tokenizer.apply_chat_template([*ZOO_CHAT, ZOO_REPLY], return_dict=False)
         last = len(whole) - whole[::-1].index(end_id)
         assert ids.tolist() == whole[:last]
@@ -3206,7 +3206,7 @@ def test_all_assistant_turns_mask_every_reply_and_what_ends_it(tmp_path):
                                                   ZOO_CHAT[2]], "fish")])
         assert "".join(tokenizer.convert_ids_to_tokens(empty[mask])) == f"{end}fish{end}"
         assert codec.sequences([Sample("text", "reply")])[0][0].tolist() == \
-            codec.pairs(["text"], ["reply"])[0][0].tolist()
+            codec.tokenise(["text"], ["reply"])[0][0].tolist()
 
 
 def test_the_tag_goes_before_the_last_reply_when_all_turns_are_learnt(tmp_path):
@@ -3336,7 +3336,7 @@ def test_a_reply_starts_and_ends_as_the_model_itself_would_write_it(tmp_path):
     assert prompt + reply == whole and codec.continuations(["the"])[0] == whole[1:0] + \
         [tokenizer.convert_tokens_to_ids("the")]
     chat = [ZOO_CHAT[0], {"role": "assistant", "content": "the fox"}]
-    (ids, _), = codec.pairs([chat[:1]], [" the fox"])
+    (ids, _), = codec.tokenise([chat[:1]], [" the fox"])
     assert ids.tolist() == tokenizer.apply_chat_template(chat, return_dict=False, tokenize=True,
                                                          add_special_tokens=False)
     for text in ("the fox", " the fox is", "is\n the", "  é fox"):
@@ -3362,9 +3362,9 @@ def test_text_rendered_before_is_noticed_once_and_read_rightly_when_asked(tmp_pa
     plain, codec = Codec(folder, config()), Codec(folder, config(rendered_text=True))
     common.print_once.cache_clear()
     for _ in range(2):
-        plain.pairs([prompt, "text"], ["fish<|eot|>", "fish"])
+        plain.tokenise([prompt, "text"], ["fish<|eot|>", "fish"])
     assert capsys.readouterr().out.count("--rendered_text") == 1
-    (ids, mask), = codec.pairs([prompt], [ZOO_REPLY["content"] + "<|eot|>"])
+    (ids, mask), = codec.tokenise([prompt], [ZOO_REPLY["content"] + "<|eot|>"])
     whole = tokenizer.apply_chat_template([*ZOO_CHAT, ZOO_REPLY], return_dict=False)
     assert ids.tolist() == whole and tokenizer.decode(ids[mask]) == "fish and berries.<|eot|>"
     assert capsys.readouterr().out == ""
@@ -3396,7 +3396,7 @@ def test_texts_are_cut_between_characters(tmp_path):
         codec = Codec(folder, config(max_prompt_tokens=n, max_response_tokens=n + 2))
         prompt = tokenizer.decode(codec.prompts(["東京\U0001f98a" * 3])[0])
         assert "\ufffd" not in prompt and ("東京\U0001f98a" * 3).endswith(prompt)
-        (ids, mask), = codec.pairs(["x"], ["東京\U0001f98a" * 3])
+        (ids, mask), = codec.tokenise(["x"], ["東京\U0001f98a" * 3])
         said = tokenizer.decode(ids[mask])
         assert said and "\ufffd" not in said and ("東京\U0001f98a" * 3).startswith(said)
 
@@ -3568,9 +3568,9 @@ def zoo_rows(tmp_path, rows, kind="samples", name="rows.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if kind == "samples":
-        return list(common.parsed_rows(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
+        return list(common.parsed_entries(str(path), common.SAMPLE_COLUMNS, lambda part, row, notes:
                                        common.labelled_sample_of(row)))
-    return list(common.parsed_rows(str(path), common.PREFERENCE_COLUMNS, common.ranking_of))
+    return list(common.parsed_entries(str(path), common.PREFERENCE_COLUMNS, common.ranking_of))
 
 
 ZOO_SAMPLES = [
@@ -3755,7 +3755,8 @@ def test_files_of_other_kinds_are_read_through_datasets_or_named(tmp_path, capsy
     (folder / "lines.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "test.arrow").write_text("")
     with mock.patch.dict(os.environ, {"HF_DATASETS_CACHE": str(tmp_path / "cache")}):
-        found = list(common.parsed_rows(str(folder), common.PREFERENCE_COLUMNS, common.ranking_of))
+        found = list(common.parsed_entries(str(folder), common.PREFERENCE_COLUMNS,
+                                           common.ranking_of))
     assert len(found) == 13 and {r.prompt for r in found} == {"P0", "P1", "P2"}
     assert "not read: dataset_info.json, test.arrow" in capsys.readouterr().out
 

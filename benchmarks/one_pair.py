@@ -70,7 +70,7 @@ def step(cfg, examples, kernel, tagged=(), extra=lambda micro: ()):
     """A gradient step of size 0.1 on the examples; how log p of each reply changed, after its
     `tagged` ids if there are any."""
     codec = common.Codec(folder, cfg)
-    (ids, mask), (other, other_mask) = codec.pairs([PROMPT] * 2, [CHOSEN, REJECTED])
+    (ids, mask), (other, other_mask) = codec.tokenise([PROMPT] * 2, [CHOSEN, REJECTED])
     prompt = codec.prompts([PROMPT])[0]
     replies = [common.Example(np.array([*prompt, *tag, *row[len(prompt):]]),
                               np.array([False] * (len(prompt) + len(tag))

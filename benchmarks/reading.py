@@ -127,7 +127,7 @@ def first_replies(transcripts: str) -> list[tuple[str, str]]:
             with contextlib.suppress(common.LeftOut):
                 texts.append("".join(common.side_of(row, name)))
         return texts
-    rows = common.parsed_rows(transcripts, common.PREFERENCE_COLUMNS, parse)
+    rows = common.parsed_entries(transcripts, common.PREFERENCE_COLUMNS, parse)
     return list(dict.fromkeys((first_turn(text), first_turn(text.split("\n\nAssistant:", 1)[1]))
                               for row in rows for text in row))
 

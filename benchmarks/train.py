@@ -128,7 +128,7 @@ def main(cfg: Config) -> None:
             max_prompt_tokens=cfg.max_prompt_tokens, micro_batch_tokens=cfg.micro_batch_tokens,
             max_response_tokens=cfg.max_response_tokens)
         codec, pairs = common.Codec(cfg.model, run), common.load_preferences(run)[0][:cfg.sequences]
-        sequences = codec.pairs([p.prompt for p in pairs], [p.responses[0] for p in pairs])
+        sequences = codec.tokenise([p.prompt for p in pairs], [p.responses[0] for p in pairs])
         examples = Examples(common.Tokens(Path(tempfile.mkdtemp()), lambda s=sequences: s))
         epoch = ours(common.load_policy(cfg.model, run), examples, run)
         epochs = {"ours": lambda epoch=epoch: epoch().seconds}
