@@ -2867,6 +2867,19 @@ def test_plain_language_is_measured_by_the_stated_rules(monkeypatch):
     assert (mean, error, prompts) == (2.0, pytest.approx(1.0), 2)
 
 
+def test_gold_in_a_reward_models_place_scores_what_training_sees(codec, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import with_gold
+    folder, prompt = codec.tokenizer.name_or_path, [{"role": "user", "content": "What do we do?"}]
+    cfg = config(dt, model=folder, samples="x", max_response_tokens=6)
+    long = "They live in rivers and so on."
+    seen = codec.tokenizer.decode(codec.encode([long])[0][:6])
+    score = with_gold.gold_stage(cfg, None).load_scorer()
+    assert score([prompt] * 2, [long, "So."], [False] * 2, Cost()) == [
+        with_gold.gold(prompt, seen, truncated=True), with_gold.gold(prompt, "So.", False)]
+    assert long != seen and long.startswith(seen)
+
+
 def test_toy_rewards_follow_the_stated_rules():
     prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
     best = (" Good question! They eat meat. They live in rivers. They are small. I hope this "
