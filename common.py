@@ -299,6 +299,10 @@ class Config:
         data = [f"--{name}" for name in ("preferences", "samples", "responses", "prompts")
                 if getattr(self, name)]
         require(self.model or not data, f"{', '.join(data)}: needs --model, a folder or Hub id")
+        require(self.max_pairs is None or self.toy or self.preferences,
+                "--max_pairs counts --preferences, and there are none")
+        require(self.eval_prompts or not self.judge, "--judge has nothing to score with "
+                "--eval_prompts 0")
         require(not (self.samples and self.responses), "--samples are labelled, --responses are "
                 "not: give one of them")
         require(self.toy or self.preferences or self.samples or data and self.reward_model,
@@ -351,10 +355,11 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
         raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
     if not names & {"model", "preferences"}:
         parser.set_defaults(**toy_defaults(kind))
+    require(not names >= {"epochs", "steps"}, "--epochs and --steps: give one of them")
     if "epochs" in names:
         parser.set_defaults(steps=None)  # the toy world's steps would win
     cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
-    require(not unknown, f"unknown flag {' '.join(unknown)}; --help lists them all")
+    require(not unknown, f"unknown flag or value {' '.join(unknown)}; --help lists all flags")
     return cfg
 
 
@@ -445,7 +450,7 @@ def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost
     """The stage in the folder `name` of the run, from before, or built by make(folder, cost).
 
     make returns what else its record holds, or a function that finds it and costs nothing.  Raises
-    BadInput over checkpoints of other settings: --no_resume alone deletes work.
+    BadInput over checkpoints of other settings: --no_resume alone deletes unfinished work.
     """
     folder = Path(cfg.out, name).resolve()
     work = folder.with_name(f".{folder.name}.new")
@@ -611,6 +616,16 @@ PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワ�
          "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___", " ", "\n", "é", "")
 
 
+REWARD_TAG = "{% if add_generation_prompt and reward is not none %}"  # dt.py's, at the end
+
+
+def without_reward_tag(template: Any) -> Any:
+    """The chat template without what dt.py has added; several by name, or none, alike."""
+    if isinstance(template, dict):
+        return {name: without_reward_tag(each) for name, each in template.items()}
+    return template and template.split(REWARD_TAG)[0]
+
+
 class Codec:
     """Text to token ids and back for one model: its tokenizer, and how its turns end."""
 
@@ -619,6 +634,7 @@ class Codec:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.tokenizer.chat_template = without_reward_tag(self.tokenizer.chat_template)
         self.cfg, self.cuts, self.configs = cfg, Counter(), []
         self.encode = text_encoder(self.tokenizer)
         # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
@@ -700,6 +716,8 @@ class Codec:
                 for text, ids in zip(texts, encode([self.before + text for text in texts]))]
 
     def _render(self, messages: list[dict], **more: Any) -> Any:
+        require(self.tokenizer.chat_template, f"{self.tokenizer.name_or_path}: no chat template, "
+                "which messages need; give an instruct model, or text")
         try:
             with time_limit(TEMPLATE_SECONDS):
                 found = self.tokenizer.apply_chat_template(messages, **more)
@@ -1038,13 +1056,13 @@ def messages_of(value: Any) -> Optional[list[dict]]:
     return found or None
 
 
-def number_of(value: Any, least: float = -1e300) -> Optional[float]:
-    """A finite number, also where it is written as text; else None."""
+def number_of(value: Any, least: float = -1e100) -> Optional[float]:
+    """A number below 1e100, also where it is written as text; else None."""
     try:
         number = float(str(value))  # not of True; of an integer beyond all floats infinity
     except ValueError:
         return None
-    return number if least <= number < 1e300 else None
+    return number if least <= number < 1e100 else None
 
 
 # The fields that are read: as what, None where that fails, and how it is called.
@@ -1112,7 +1130,8 @@ def parsed_entries(source: str, columns: set[str], parse: Callable, use: str = "
 
 def name_in(entry: dict, *names: str) -> str:
     """The one of a field's names that is there, or else the first.  Raises BadInput for two."""
-    found = [name for name in names if entry.get(name, "") != ""] or [*names[:1]]
+    found = ([name for name in names if entry.get(name, "") != ""]
+             or [name for name in names if name in entry][:1] or [*names[:1]])
     require(len(found) == 1,
             f"the fields {found[0]!r} and {found[-1]!r} stand side by side; give one")
     return found[0]
@@ -1128,6 +1147,12 @@ def prompt_of(entry: dict) -> tuple[Any, Optional[str]]:
     if name == "instruction":
         prompt = "\n\n".join(filter(None, (prompt, entry.get("input"))))
     require(isinstance(prompt, list) or prompt.strip(), f"the field {name!r} is empty")
+    if whole and entry.get("prompt"):  # some data sets give its first turn once more
+        first = entry["prompt"] if isinstance(entry["prompt"], list) else [
+            {"content": entry["prompt"]}]
+        contents = [m["content"].strip() for m in prompt]
+        require(all(m["content"].strip() in contents for m in first),
+                f"the fields {whole!r} and 'prompt' differ; give one")
     if isinstance(prompt, str) and (name == "instruction" or entry.get("system")):
         prompt = [{"role": "user", "content": prompt}]
     if whole and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
@@ -1197,6 +1222,7 @@ def side_of(entry: dict, name: str) -> tuple[Any, str]:
 def ranking_of(part: str, entry: dict, notes: Counter) -> Ranking:
     """An entry's preference."""
     if "ranked" in entry:
+        name_in(entry, "ranked", "chosen", "rejected")  # one alone
         (prompt, _), texts = prompt_of(entry), entry["ranked"]
     else:
         (prompt, chosen), (other, rejected) = side_of(entry, "chosen"), side_of(entry, "rejected")
@@ -2326,6 +2352,7 @@ def unseen(parse: Callable, held_out: set[int], part: str, entry: dict, notes: C
     found = parse(entry)
     if prompt_hash(found.prompt) in held_out:
         raise LeftOut("with held-out prompts")
+    notes["with an empty response, which teaches to end at once"] += not found.response.strip()
     return found
 
 
@@ -2362,6 +2389,9 @@ def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
 
 def check_rewards(path: str, rewards: np.ndarray) -> None:
     """Raises BadInput where standardised rewards would tell nothing."""
+    missing = int(np.isnan(rewards).sum())
+    require(not missing, f"{path}: {missing:,} of {len(rewards):,} samples have no reward, and not "
+            "all have a weight")
     low = np.quantile(rewards, 0.05, method="higher")
     high = np.quantile(rewards, 0.95, method="lower")
     require(rewards.min() < rewards.max() and rewards.std() > 0,
@@ -2387,6 +2417,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     """Adds base policy and variants of the policy to the leaderboard, where they are not in it yet,
     and prints it.  samples.costs is what the algorithm needed beside its training."""
     if not cfg.eval_prompts:
+        print0("evaluation: none, as --eval_prompts is 0")
         return
     held_out = split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
@@ -2507,29 +2538,38 @@ def print_leaderboard(entries: list[dict]) -> None:
 
     "all" is training with all that it needs.
     """
-    width = max(len(f"{r['algorithm']} {r['variant']}") for r in entries)
+    width, replaced = max(len(f"{r['algorithm']} {r['variant']}") for r in entries), False
     print0("\n" + " " * width + "  seed" + "".join(f"{head:>10}" for head in COLUMNS))
     for r in sorted(entries, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
         cells = ("-" if r[name] is None else format(r[name], form)
                  for name, form in COLUMNS.values())
+        now = read_record(Path(r["checkpoint"]) / "run.json").get("settings")
+        mark = "" if r["algorithm"] == "base" or fingerprint(now) == r["policy"] else " *"
+        replaced = replaced or bool(mark)
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
-               + "".join(f"{cell:>10}" for cell in cells))
+               + "".join(f"{cell:>10}" for cell in cells) + mark)
+    if replaced:
+        print0("  * of a policy that another has replaced since")
 
 
-def slope_watcher(count: int, samples: Samples, rm: Optional[Stage], codec: Codec, cfg: Config,
-                  low: Variant, high: Variant) -> Callable[[TrainingRun, int], dict]:
-    """watch(run, step) -> {"slope": s}, before a checkpoint, else {}: how much more reward z the
-    policy gets for a z of one more that it is asked for, on so many held-out prompts."""
+def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[Stage], codec: Codec,
+                  low: Variant, high: Variant) -> Callable[[int], dict]:
+    """watch(step) -> {"slope": s}, before a checkpoint, else {}: how much more reward z the policy
+    gets for a z of one more that it is asked for, on so many held-out prompts."""
+    cfg = run.cfg
     prompts = split_prompts(cfg, held_out=True)[:count]
-    if not (prompts and rm and low.target < high.target and cfg.save_every != 0):
+    needed = {"held-out prompts": prompts, "a reward model": rm,
+              "two targets of different tags": low.tag != high.tag,
+              "a checkpoint before the end": any(map(run.is_due, range(run.total)))}
+    lacking = [what for what, there in needed.items() if not there]
+    if not count or lacking:
         if count:
-            print0("  --watch_slope has no effect: it takes held-out prompts, a reward model, "
-                   "checkpoints and rewards of several sizes")
-        return lambda run, step: {}
+            print0(f"  the slope is not watched, which takes {', '.join(lacking)}")
+        return lambda step: {}
     score, plain = rm.load_scorer(), codec.prompts(prompts)
     ids = [prompt + variant.tag_ids for variant in (low, high) for prompt in plain]
 
-    def watch(run: TrainingRun, step: int) -> dict:
+    def watch(step: int) -> dict:
         if not run.is_due(step):
             return {}
         begun, spent = time.perf_counter(), Cost()  # on watching, not on training
@@ -2549,7 +2589,7 @@ def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Pat
     """Prints, and draws where matplotlib is there, what the policy got for each target."""
     want = np.array([variant.target for variant in unguided])                              # (K,)
     got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
-    if len(set(want)) < 2 or np.isnan(got).any():
+    if len({variant.tag for variant in unguided}) < 2 or np.isnan(got).any():
         return
     centred, means = want - want.mean(), got.mean(1)
     each = centred @ got / (centred @ centred)                # (n,), each prompt's least squares
@@ -2564,7 +2604,7 @@ def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Pat
     print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over prompts")
     if slope + half < 0.2:
         print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
-               "--steps, a smaller --batch_size, a higher --lr or --reward_format token")
+               "--steps, a smaller --batch_size, a higher --lr or another --reward_format")
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -2841,6 +2881,8 @@ def base_policy(cfg: Config) -> Stage:
     if cfg.toy:
         train = functools.partial(train_toy_base, cfg)
         return build_stage(cfg, "base", settings(cfg, "data"), train)
+    if "condition" in read_record(Path(cfg.model, "run.json")):
+        print0(f"  {cfg.model}: a policy of dt.py, taken without its reward tag")
     return Stage(cfg.model, content_hash(cfg.model), Cost())
 
 

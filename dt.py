@@ -57,8 +57,9 @@ class Config(common.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(not any(self.guidance) or self.condition_dropout > 0,
-                       "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
+        common.require(self.condition_dropout or not any(self.guidance)
+                       and "none" not in self.target, "--guidance and the target none need a "
+                       "--condition_dropout above 0; without, give --guidance 0")
         common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
         common.require(self.reward_format != "token" or self.reward_step is None,
                        "--reward_format token goes by eighths of the samples: it takes no "
@@ -132,13 +133,12 @@ def add_reward_to_chat_template(template: Any, target: float, edges: np.ndarray,
     if isinstance(template, dict):
         return {name: add_reward_to_chat_template(t, target, edges, cfg)
                 for name, t in template.items()}
-    z = f"(reward | default({target!r}))"
+    z = f"(reward | default({target!r}) | float)"
     steps = f"({z} / {cfg.reward_step}) | round | int"
     tag = {"digit": f"' ' ~ ([[{steps} + 4, 0] | max, 9] | min)",
            "decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
            "token": f"'<|reward_' ~ ({edges.tolist()} | select('lt', {z}) | list | length) ~ '|>'"}
-    return (template + "{% if add_generation_prompt and reward is not none %}{{ "
-            + tag[cfg.reward_format] + " }}{% endif %}")
+    return template + common.REWARD_TAG + "{{ " + tag[cfg.reward_format] + " }}{% endif %}"
 
 
 def target_reward(target: str, z: np.ndarray) -> Optional[float]:
@@ -167,6 +167,8 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     texts, which = np.unique([reward_tag(reward, edges, cfg) for reward in z], return_inverse=True)
     tags = [tag_ids(text, codec) for text in texts.tolist()]
     lowest, highest = texts[which[z.argmin()]], texts[which[z.argmax()]]
+    common.require(len(texts) > 1, f"all samples get the reward tag{texts[0]}: it would tell "
+                   "nothing; give a smaller --reward_step, or none")
     print0(f"  {len(texts):,} reward tags, from {lowest.strip()} to {highest.strip()}")
 
     def tag(i: int, epoch: int) -> list[int]:
@@ -182,14 +184,14 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
     codec = common.Codec(base.folder, cfg)
     new_tokens = TOKENS if cfg.reward_format == "token" else ()
     policy = common.load_policy(base.folder, cfg, codec=codec, new_tokens=new_tokens)
-    watch = common.slope_watcher(cfg.watch_slope, samples, rm, codec, cfg,
-                                 *(ask(target, samples, codec, cfg) for target in ("q5", "q95")))
     examples = prepare(samples, codec, cfg)
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
+        watch = common.slope_watcher(run, cfg.watch_slope, samples, rm, codec,
+                                     *(ask(q, samples, codec, cfg) for q in ("q5", "q95")))
         for step, batch in run.steps(examples):
             # batch.normaliser: L's denominator / ranks, as DDP averages gradients over ranks
             loss = 0.0
@@ -205,7 +207,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens,
-                    **watch(run, step))
+                    **watch(step))
     default, edges = ask(cfg.target[-1], samples, codec, cfg), bin_edges(samples)
     codec.tokenizer.chat_template = add_reward_to_chat_template(codec.tokenizer.chat_template,
                                                                 default.target, edges, cfg)
@@ -240,6 +242,10 @@ def main(cfg: Config) -> None:
     policy = common.train_stage(cfg, "dt", functools.partial(train, rm=rm), base, samples)
     codec = common.Codec(policy.folder, cfg)
     variants = [ask(target, samples, codec, cfg) for target in cfg.target]
+    alike = {v.tag: [other.name for other in variants if other.tag == v.tag] for v in variants}
+    for tag, names in alike.items():
+        if len(names) > 1:
+            print0(f"  {', '.join(names)}: all are asked for by the same tag,{tag}")
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
     common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))

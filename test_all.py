@@ -1141,7 +1141,7 @@ def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_p
 
 
 def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(tmp_path, capsys):
-    asked = [common.Variant(f"target {z}", target=z) for z in (-1.0, 0.0, 2.0)]
+    asked = [common.Variant(f"target {z}", f" {z}", target=z) for z in (-1.0, 0.0, 2.0)]
     for gain in (0.5, 0.0):
         replies = [[{"reward": 0.25 + gain * v.target + noise} for noise in (-0.1, 0.1)]
                    for v in asked]
@@ -1149,6 +1149,9 @@ def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(tmp_pa
         said = capsys.readouterr().out
         assert f"slope {gain:.2f} [{gain:.2f}, {gain:.2f}]" in said
         assert ("hardly heeded" in said) == (gain == 0)
+        alike = [v._replace(tag=" 9") for v in asked]
+        common.report_slope(alike, replies, tmp_path)
+        assert capsys.readouterr().out == "", "one tag for all: no slope of it"
     common.report_slope(asked, [[{"reward": None}]] * 3, tmp_path)
     assert capsys.readouterr().out == "", "there are no rewards"
 
@@ -1621,6 +1624,8 @@ BAD_SAMPLES = {
     "infinite": ('{"prompt": "p", "response": "r", "reward": -Infinity}', "line 2.*finite"),
     "text reward": ({**GOOD, "reward": "one"}, "line 2.*'reward' must be a finite number"),
     "true": ({**GOOD, "reward": True}, "line 2.*a finite number"),
+    "two prompts": ({**GOOD, "messages": [{"role": "user", "content": "other"}]},
+                    "line 2.*'messages' and 'prompt' differ"),
     "response": ({**GOOD, "response": 3}, "line 2.*'response' must be text"),
     "empty prompt": ({**GOOD, "prompt": " "}, "line 2.*'prompt' is empty"),
     "UTF-8": (b'{"prompt": "\xff"}', "line 2.*UTF-8"),
@@ -1642,6 +1647,8 @@ def test_bad_sample_rows_are_named_by_file_line_and_field(tmp_path, name):
     ({"prompt": "p", "ranked": ["a"]}, "'ranked' must be a list of two"),
     ({"prompt": "p", "ranked": "ab"}, "'ranked' must be a list"),
     ({"ranked": ["a", "b"]}, "'prompt' is missing"),
+    ({"prompt": "p", "ranked": ["a", "b"], "chosen": "a", "rejected": "b"},
+     "'ranked' and 'rejected' stand side by side"),
     ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
      "'chosen' must be a transcript")])
 def test_bad_preference_rows_are_named_by_file_line_and_field(tmp_path, row, message):
@@ -1672,6 +1679,11 @@ FLAGS = [(mle_filter, ["--keep", "0"], "--keep"), (rwr, ["--beta", "0"], "--beta
          (rwr, ["--lr", "-1"], "--lr"), (dt, ["--targt", "1"], "--targt"),
          (dt, ["--target", "high"], "--target"), (dt, ["--target", "q99", "none"], "--target"),
          (dt, ["--condition_dropout", "0"], "--guidance"),
+         (dt, ["--condition_dropout", "0", "--guidance", "0", "--target", "none", "q9"], "none"),
+         (dt, ["--reward_format", "token", "--reward_step", "1"], "--reward_step"),
+         (dt, ["--epochs", "1", "--steps", "1"], "--epochs"),
+         (rwr, ["--model", "m", "--samples", "s", "--max_pairs", "5"], "--max_pairs"),
+         (rwr, ["--judge", "m", "--eval_prompts", "0"], "--judge"),
          (dt, ["--reward_step", "0.01"], "--reward_step"),
          (dt, ["--samples", "s.jsonl"], "--samples"), (dt, ["--steps", "few"], "--steps"),
          (dt, ["--top_p", "0"], "--top_p"), (rwr, ["--model", "m"], "--model needs data"),
@@ -2211,6 +2223,23 @@ def test_replies_and_their_leaderboard_row_belong_together(run):
         assert (row["replies"] == old["replies"]) or row["variant"] == "target q99"
         for name in ("gold", "reward", "kl_to_base", "win_rate"):
             assert row[name] == pytest.approx(old[name], abs=1e-3)
+
+
+def test_a_policy_that_was_replaced_is_marked_in_the_table(tmp_path, capsys):
+    common.write_beside(tmp_path / "run.json", [json.dumps({"settings": {"lr": 1.0}})])
+    row = {**dict.fromkeys([name for name, _ in common.COLUMNS.values()]), "algorithm": "dt",
+           "seed": 0, "checkpoint": str(tmp_path)}
+    common.print_leaderboard([
+        {**row, "variant": "old", "policy": common.fingerprint({"lr": 2.0})},
+        {**row, "variant": "new", "policy": common.fingerprint({"lr": 1.0})}])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("*") for line in lines if line.startswith("dt")] == [False, True]
+    assert "replaced" in lines[-1]
+
+
+def test_messages_need_a_chat_template(codec):
+    with pytest.raises(BadInput, match="no chat template, which messages need"):
+        codec.prompts([[{"role": "user", "content": "hello"}]])
 
 
 def test_an_ascii_terminal_shows_escapes(run, tmp_path):
@@ -3424,6 +3453,16 @@ def zoo_dt(tmp_path, tokenizer):
     with contextlib.chdir(tmp_path) if hasattr(contextlib, "chdir") else mock.MagicMock():
         dt.train(cfg, base, samples_of(codec, [0.0, 1.0, 2.0, 5.0]), tmp_path / "dt", Cost())
     return str(tmp_path / "dt"), codec, cfg
+
+
+def test_a_policy_of_dt_is_a_base_policy_without_its_reward_tag(tmp_path):
+    """Else a method trained on top of it would read two tags, or one that it never learns."""
+    tokenizer = zoo_tokenizer()
+    tokenizer.chat_template = ZOO_TEMPLATES["chatml"]
+    folder, before, cfg = zoo_dt(tmp_path, tokenizer)
+    again = Codec(folder, cfg)
+    assert again.tokenizer.chat_template == ZOO_TEMPLATES["chatml"]
+    assert again.prompts([ZOO_CHAT]) == before.prompts([ZOO_CHAT])
 
 
 def test_each_of_several_chat_templates_gets_the_reward_tag(tmp_path):
