@@ -249,10 +249,10 @@ class Config:
     train_on: Literal["last_turn", "all_assistant_turns"] = flag(
         "last_turn", "which turns of `messages` carry the loss", stage="data")
     seed: int = flag(0, "of all that is drawn", "[0, 4294967295]", stage="data")
-    responses: Optional[str] = flag(None, "label these: rows of prompt, response", stage="samples")
-    prompts: Optional[str] = flag(None, "generate for these: rows of prompt", stage="samples")
+    responses: Optional[str] = flag(None, "label these: prompt and response", stage="samples")
+    prompts: Optional[str] = flag(None, "generate for these: prompt", stage="samples")
     samples: Optional[str] = flag(
-        None, "train on these: rows of prompt, response, reward", stage="samples")
+        None, "train on these: prompt, response, reward", stage="samples")
     reward_model: Optional[str] = flag(
         None, "sequence classifier: score with it, train none", stage="samples")
     sources: Literal["dataset+generated", "dataset", "generated"] = flag(
@@ -349,13 +349,14 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
     parser.error = wrong_flag
     args = sys.argv[1:] if args is None else args
     file = parser.parse_known_args(args)[0].config
+    require(len({a.split("=")[0] for a in args} & {"--epochs", "--steps"}) < 2,
+            "--epochs and --steps: give one of them")
     args = (yaml_flags(file) if file else []) + args
     names = {a.split("=")[0].removeprefix("--") for a in args if a.startswith("--")}
     for name in names & OTHER_NAMES.keys():
         raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
     if not names & {"model", "preferences"}:
         parser.set_defaults(**toy_defaults(kind))
-    require(not names >= {"epochs", "steps"}, "--epochs and --steps: give one of them")
     if "epochs" in names:
         parser.set_defaults(steps=None)  # the toy world's steps would win
     cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
@@ -616,14 +617,19 @@ PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワ�
          "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___", " ", "\n", "é", "")
 
 
-REWARD_TAG = "{% if add_generation_prompt and reward is not none %}"  # dt.py's, at the end
+REWARD_BLOCK = "{% if add_generation_prompt and reward is not none %}"  # begins dt.py's block
 
 
-def without_reward_tag(template: Any) -> Any:
-    """The chat template without what dt.py has added; several by name, or none, alike."""
+def with_reward_tag(template: Any, tag: str) -> Any:
+    """The chat template with a tag, an expression of Jinja, after the prompt; with "" without any.
+    Several templates by name, or none, alike.
+
+    apply_chat_template(..., reward=2.0) sets the `reward` that the tag reads; None: no tag.
+    """
     if isinstance(template, dict):
-        return {name: without_reward_tag(each) for name, each in template.items()}
-    return template and template.split(REWARD_TAG)[0]
+        return {name: with_reward_tag(each, tag) for name, each in template.items()}
+    block = tag and REWARD_BLOCK + "{{ " + tag + " }}{% endif %}"
+    return template and template.split(REWARD_BLOCK)[0] + block
 
 
 class Codec:
@@ -634,7 +640,7 @@ class Codec:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.tokenizer.chat_template = without_reward_tag(self.tokenizer.chat_template)
+        self.tokenizer.chat_template = with_reward_tag(self.tokenizer.chat_template, "")
         self.cfg, self.cuts, self.configs = cfg, Counter(), []
         self.encode = text_encoder(self.tokenizer)
         # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
@@ -802,7 +808,7 @@ class Codec:
         return found
 
     def tokenise(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
-              whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
+                 whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids (T,), response mask (T,)) of prompt and response, which ends as a turn does if it
         is neither cut off nor too long.  `whole`: chats as rendered, for reward models."""
         found, every = [], self.cfg.train_on == "all_assistant_turns" and not whole
@@ -1249,11 +1255,9 @@ def read_preferences(source: str, share: float, seed: int,
     found = list(parsed_entries(source, PREFERENCE_COLUMNS,
                                 lambda part, *entry: (part, ranking_of(part, *entry))))
     require(found, f"{source}: no usable preference")
-    parts = {part for part, _ in found}
-    named = {part for part in parts if re.search(
-        r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)", part)}
+    named = test_parts(part for part, _ in found)
     test = [ranking for part, ranking in found if (
-        part in named if named and named < parts else is_held_out(ranking.prompt, share, seed))]
+        part in named if named else is_held_out(ranking.prompt, share, seed))]
     hidden = {prompt_key(p.prompt) for p in test}
     train = [p for _, p in found if prompt_key(p.prompt) not in hidden]
     require(train, f"{source}: no preference is left to train on")
@@ -1267,6 +1271,14 @@ def read_preferences(source: str, share: float, seed: int,
     print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt"
            + "".join(f"; {count:,} left out {why}" for why, count in left.items() if count))
     return used, test
+
+
+def test_parts(parts: Iterable[str]) -> set[str]:
+    """The files or splits that their names hold out; none where all would be."""
+    found = set(parts)
+    named = {part for part in found if re.search(
+        r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)", part)}
+    return named if named < found else set()
 
 
 def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
@@ -1292,22 +1304,28 @@ def is_held_out(prompt: Any, share: float, seed: int) -> bool:
 
 
 @functools.lru_cache(maxsize=4)
-def read_prompts(source: str) -> list:
-    """Distinct prompts of rows that have one, in any of the shapes above, in order."""
-    def parse(part: str, entry: dict, notes: Counter) -> Any:
+def read_prompts(source: str) -> tuple[list, set[str]]:
+    """Distinct prompts of entries of any of the shapes above, in order, and the keys of those in
+    test_parts()."""
+    def parse(part: str, entry: dict, notes: Counter) -> tuple[str, Any]:
         if "chosen" not in entry:
-            return prompt_of(entry)[0]
-        return side_of({name: entry[name] for name in entry if name != "messages"}, "chosen")[0]
-    prompts = parsed_entries(source, PREFERENCE_COLUMNS | {"messages"}, parse, " for their prompts")
-    return list({prompt_key(prompt): prompt for prompt in prompts}.values())
+            return part, prompt_of(entry)[0]
+        side = {name: entry[name] for name in entry if name != "messages"}
+        return part, side_of(side, "chosen")[0]
+    found = list(parsed_entries(source, PREFERENCE_COLUMNS | {"messages"}, parse,
+                                " for their prompts"))
+    named = test_parts(part for part, _ in found)
+    return (list({prompt_key(prompt): prompt for _, prompt in found}.values()),
+            {prompt_key(prompt) for part, prompt in found if part in named})
 
 
 def split_prompts(cfg: Config, held_out: bool) -> list:
     """Distinct prompts, held out or not: of --prompts, --preferences, --samples or --responses."""
     source = cfg.prompts or cfg.preferences or cfg.samples or cfg.responses
     if cfg.prompts or not (cfg.preferences or cfg.toy):
-        found = [p for p in read_prompts(source)
-                 if is_held_out(p, cfg.held_out, cfg.seed) == held_out]
+        prompts, tested = read_prompts(source)
+        found = [p for p in prompts if held_out == (
+            prompt_key(p) in tested if tested else is_held_out(p, cfg.held_out, cfg.seed))]
     else:
         rankings = load_preferences(cfg)[held_out]
         found = list({prompt_key(r.prompt): r.prompt for r in rankings}.values())
@@ -1857,6 +1875,7 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
     kernel(logits (n, V), *columns (n,)) must leave d loss / d logits in logits and return each
     row's loss (n,).
     """
+    assert getattr(model.get_output_embeddings(), "bias", None) is None, "logits without a bias"
     weight, kind = model.get_output_embeddings().weight, hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     scale, cap = head_transform(model)
@@ -1992,7 +2011,7 @@ class Slots:
         self.new = torch.arange(self.lanes, device=device()), position, slice(None)
         self.used = (position + 1).int()
         self.ends = torch.arange(self.lanes + 1, dtype=torch.int32, device=device())
-        self.row_ends = self.ends * self.length
+        self.lane_starts = self.ends * self.length
         seen = self.length if device().type == "cuda" else int(self.used.max())
         self.age = position[:, None] - torch.arange(seen, device=device())              # (R, seen)
         return body_of(model)(input_ids=tokens[:, None], position_ids=position[:, None],
@@ -2016,7 +2035,7 @@ class Slots:
             try:  # a kernel that reads no further than a lane is filled
                 return torch.ops.aten._flash_attention_forward(
                     query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
-                    self.row_ends, 1, self.length, 0.0, False, False, scale=scale,
+                    self.lane_starts, 1, self.length, 0.0, False, False, scale=scale,
                     window_size_left=window and window - 1, window_size_right=window and 0,
                     seqused_k=self.used)[0][:, None]
             except Exception as problem:
@@ -2151,7 +2170,7 @@ def generate(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: 
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
     never = torch.tensor(own.suppress_tokens or [], dtype=torch.int64, device=device())
     settings = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
-                             pad_token_id=stop[0])
+                                pad_token_id=stop[0])
     for batch in torch.arange(len(paths)).split(cfg.slots or 64):
         prompts = [prompt for i in batch.tolist() for prompt in paths[i]]            # (R * ways)
         lengths = [len(prompt) for prompt in prompts]
@@ -2287,7 +2306,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
         record.unlink(missing_ok=True)
     barrier()
     if not is_fresh("samples", record, wanted):
-        given, prompts = rows_to_label(cfg, held_out)
+        given, prompts = to_label(cfg, held_out)
         model, score, count = None, rm.load_scorer(), len(given) + len(prompts)
         before = gather(read_record(max(work.glob("[0-9]*"), default=work / "none")))[0]
         costs = before.get("costs", {"generation": {}, "labelling": {}})
@@ -2310,7 +2329,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
             costs = {name: asdict(Cost(**costs[name]) + spent) for name, spent in
                      (("generation", generation), ("labelling", labelling))}
             entries = [{"prompt": s.prompt, "response": s.response, "source": s.source,
-                     "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
+                        "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
             write_record(work / f"{end:012}", wanted, generation + labelling, end=end,
                          entries=entries, costs=costs)
         if rank() == 0:
@@ -2327,7 +2346,7 @@ def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
     return {"reward_model": rm.cost, **costs}
 
 
-def rows_to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
+def to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
     """Responses to label, --responses or the data's, and prompts that the base policy is to answer,
     as --sources says."""
     given, prompts = [], []
@@ -2421,9 +2440,9 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
         return
     held_out = split_prompts(cfg, held_out=True)
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
-    alike = settings(cfg, "data", "samples", "evaluation")
+    comparable = settings(cfg, "data", "samples", "evaluation")
     for other in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples"):
-        del alike[other]
+        del comparable[other]
     board, name = Path(cfg.out) / "leaderboard.jsonl", Path(policy.folder).name
     entries = [entry for _, entry in read_jsonl(board)] if board.exists() else []
     load = functools.cache(functools.partial(load_model, dtype=compute_dtype(cfg)))
@@ -2435,7 +2454,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
             ("base", base, Variant(""), built), *((name, policy, v, needed) for v in variants)]:
         file = replies_file(Path(cfg.out), algorithm, variant.name, cfg.seed)
         key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
-        origin = {"setting": fingerprint(alike), "policy": stage.fingerprint,
+        origin = {"setting": fingerprint(comparable), "policy": stage.fingerprint,
                   "samples": samples.fingerprint, "scorer": rm.fingerprint if rm else "",
                   "replies": content_hash(str(file))}
         if any({**entry, **key, **origin} == entry for entry in entries):
@@ -2464,10 +2483,12 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, r
     print0("\n" + first.strip()[-600:])
     for stem, found in replies.items():
         print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
-    print_leaderboard([entry for entry in entries if entry.get("setting") == fingerprint(alike)])
-    unguided = [v for v in variants if v.target is not None and not v.guidance]
+    print_leaderboard([entry for entry in entries
+                       if entry.get("setting") == fingerprint(comparable)], Path(cfg.out))
+    unguided = [v for v in variants if v.target is not None and not v.guidance and rm
+                and rm.fingerprint == samples.labelled_by]  # else z has another unit
     report_slope(unguided, [replies[replies_file(Path(cfg.out), name, v.name, cfg.seed).stem]
-                         for v in unguided], Path(cfg.out))
+                            for v in unguided], Path(cfg.out))
 
 
 def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
@@ -2533,7 +2554,7 @@ COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win
            "all s": ("total_seconds", ".0f"), "all FLOP": ("total_flops", ".1e")}
 
 
-def print_leaderboard(entries: list[dict]) -> None:
+def print_leaderboard(entries: list[dict], run: Path) -> None:
     """The table of comparable entries: of the same data, prompts and sampling, whatever seed.
 
     "all" is training with all that it needs.
@@ -2543,28 +2564,27 @@ def print_leaderboard(entries: list[dict]) -> None:
     for r in sorted(entries, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
         cells = ("-" if r[name] is None else format(r[name], form)
                  for name, form in COLUMNS.values())
-        now = read_record(Path(r["checkpoint"]) / "run.json").get("settings")
+        now = read_record(run / r["algorithm"] / "run.json").get("settings")
         mark = "" if r["algorithm"] == "base" or fingerprint(now) == r["policy"] else " *"
         replaced = replaced or bool(mark)
         print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
                + "".join(f"{cell:>10}" for cell in cells) + mark)
     if replaced:
-        print0("  * of a policy that another has replaced since")
+        print0("  * of a policy that is no longer there")
 
 
 def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[Stage], codec: Codec,
                   low: Variant, high: Variant) -> Callable[[int], dict]:
     """watch(step) -> {"slope": s}, before a checkpoint, else {}: how much more reward z the policy
     gets for a z of one more that it is asked for, on so many held-out prompts."""
-    cfg = run.cfg
-    prompts = split_prompts(cfg, held_out=True)[:count]
-    needed = {"held-out prompts": prompts, "a reward model": rm,
-              "two targets of different tags": low.tag != high.tag,
+    cfg, prompts = run.cfg, split_prompts(run.cfg, held_out=True)[:count]
+    needed = {"held-out prompts": prompts, "low and high rewards of two tags": low.tag != high.tag,
+              "the reward model of the samples": rm and rm.fingerprint == samples.labelled_by,
               "a checkpoint before the end": any(map(run.is_due, range(run.total)))}
     lacking = [what for what, there in needed.items() if not there]
+    if count and lacking:
+        print0(f"  the slope is not watched: that takes {' and '.join(lacking)}")
     if not count or lacking:
-        if count:
-            print0(f"  the slope is not watched, which takes {', '.join(lacking)}")
         return lambda step: {}
     score, plain = rm.load_scorer(), codec.prompts(prompts)
     ids = [prompt + variant.tag_ids for variant in (low, high) for prompt in plain]
@@ -2574,25 +2594,29 @@ def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[S
             return {}
         begun, spent = time.perf_counter(), Cost()  # on watching, not on training
         model = sampling_copy(getattr(run.policy, "module", run.policy).model, cfg)
-        replies = sample(model, ids, cfg, cfg.seed + step, codec.stop_ids, spent)
+        replies = sample(model, ids, cfg, cfg.seed, codec.stop_ids, spent,
+                         seeds=[*range(len(prompts))] * 2)  # alike for low and high, at each watch
         rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
                                   [r.truncated for r in replies], spent))
         got = rewards.reshape(2, -1).mean(1)
         slope = (got[1] - got[0]) / (high.target - low.target)
         run.cost.seconds -= time.perf_counter() - begun
-        print0(f"  step {step + 1}: slope of the reward got on the reward asked for {slope:.2f}")
+        print0(f"  after {step + 1} steps: slope of the reward got on that asked for {slope:.2f}")
         return {"slope": slope}
     return watch
 
 
 def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Path) -> None:
     """Prints, and draws where matplotlib is there, what the policy got for each target."""
-    want = np.array([variant.target for variant in unguided])                              # (K,)
+    want = np.array([variant.target for variant in unguided])                           # (K,)
     got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
     if len({variant.tag for variant in unguided}) < 2 or np.isnan(got).any():
         return
+    keys = [prompt_key(r["prompt"]) for r in replies[0]]
+    prompt = np.unique(keys, return_inverse=True)[1]                                    # (n,)
+    got = np.array([np.bincount(prompt, each) for each in got]) / np.bincount(prompt)   # (K, P)
     centred, means = want - want.mean(), got.mean(1)
-    each = centred @ got / (centred @ centred)                # (n,), each prompt's least squares
+    each = centred @ got / (centred @ centred)                # (P,), each prompt's least squares
     slope, half = each.mean(), 1.96 * each.std() / math.sqrt(len(each))
     low, high = min(want.min(), means.min()), max(want.max(), means.max())
     print0("\nreward z: asked for ( | ) and got ( * )")
@@ -2601,21 +2625,22 @@ def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Pat
         line[round(40 * (target - low) / (high - low))] = "|"
         line[round(40 * (mean - low) / (high - low))] = "*"
         print0(f"  {target:+.2f} {mean:+.2f}  {''.join(line).rstrip()}")
-    print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over prompts")
+    mean, least, most = (round(x, 2) + 0.0 for x in (slope, slope - half, slope + half))  # no -0.0
+    print0(f"  slope {mean:.2f} [{least:.2f}, {most:.2f}], 95 % over {len(each)} prompts")
     if slope + half < 0.2:
         print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
                "--steps, a smaller --batch_size, a higher --lr or another --reward_format")
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    figure, axes = pyplot.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     axes.axline((0, 0), slope=1, color="grey", linestyle=":")
     axes.errorbar(want, means, 1.96 * got.std(1) / math.sqrt(len(each)), fmt="o")
     axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
     if rank() == 0:
         figure.savefig(folder / "asked_against_got.png")
-    pyplot.close(figure)
 
 
 # ----------------------------------------------------------------------------------- training run

@@ -7,8 +7,8 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A tag that stands for z_i is appended to the prompt: a digit, `{prompt} 7`, or the paper's `{prompt}
-<rm_score>: 1.52 `.  The response follows; all samples are learnt from.  (Hu et al. 2023, arXiv
+A tag that stands for z_i is appended to the prompt: a digit, ` 7`, or the paper's text,
+` <rm_score>: 1.52 `.  The response follows; all samples are learnt from.  (Hu et al. 2023, arXiv
 2308.12050, "conditional alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without
 this tag, so that guidance has its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out:
 returns-to-go at each token, as the reward comes once.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    target: list[str] = flag(["q5", "q50", "q99"], "rewards to ask for, a row each: numbers, "
+    target: list[str] = flag(["q5", "q50", "q99"], "rewards to ask for, a line each: numbers, "
                              "quantiles (q95), none; the last, at training, is the default")
-    guidance: list[float] = flag([0.5], "a row more for each: the last target, guided by this g; "
+    guidance: list[float] = flag([0.5], "a line more for each: the last target, guided by this g; "
                                  "0: none", "[0, 1000]")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some",
                                     "[0, 1)", stage="training")
@@ -107,7 +107,7 @@ def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
     steps = round(z / cfg.reward_step)
     if cfg.reward_format == "decimal":
         return f" <rm_score>: {steps * cfg.reward_step:.2f} "
-    return f" {min(max(steps + 4, 0), 9)}"
+    return f" {min(max(steps + 4, 0), 9)}"  # 4 is the mean; 0 to 9 are z from -2 to 2.5
 
 
 def bin_edges(samples: Samples) -> np.ndarray:
@@ -122,23 +122,14 @@ def tag_ids(tag: str, codec: common.Codec) -> list[int]:
     return codec.continuations([tag])[0]
 
 
-def add_reward_to_chat_template(template: Any, target: float, edges: np.ndarray,
-                                cfg: Config) -> Any:
-    """The template with the reward's tag after the prompt; several by name, or none, alike.
-
-    apply_chat_template(..., reward=2.0) sets the reward, by default the target; None: no tag.
-    """
-    if not template:
-        return template
-    if isinstance(template, dict):
-        return {name: add_reward_to_chat_template(t, target, edges, cfg)
-                for name, t in template.items()}
-    z = f"(reward | default({target!r}) | float)"
+def tag_in_jinja(default: float, edges: np.ndarray, cfg: Config) -> str:
+    """reward_tag() of `reward`, or else of the default, as a chat template writes it."""
+    z = f"(reward | default({default!r}) | float)"
     steps = f"({z} / {cfg.reward_step}) | round | int"
-    tag = {"digit": f"' ' ~ ([[{steps} + 4, 0] | max, 9] | min)",
-           "decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
-           "token": f"'<|reward_' ~ ({edges.tolist()} | select('lt', {z}) | list | length) ~ '|>'"}
-    return template + common.REWARD_TAG + "{{ " + tag[cfg.reward_format] + " }}{% endif %}"
+    return {"digit": f"' ' ~ ([[{steps} + 4, 0] | max, 9] | min)",
+            "decimal": f"' <rm_score>: ' ~ ('%.2f' | format(({steps}) * {cfg.reward_step})) ~ ' '",
+            "token": f"'<|reward_' ~ ({edges.tolist()} | select('lt', {z}) | list | length) ~ '|>'"
+            }[cfg.reward_format]
 
 
 def target_reward(target: str, z: np.ndarray) -> Optional[float]:
@@ -157,6 +148,8 @@ def target_reward(target: str, z: np.ndarray) -> Optional[float]:
 def ask(target: str, samples: Samples, codec: common.Codec, cfg: Config) -> Variant:
     """The way to ask the policy for a target."""
     z = target_reward(target, samples.z(samples.rewards))
+    if z is not None and cfg.reward_format == "digit":
+        z = min(max(z, -4 * cfg.reward_step), 5 * cfg.reward_step)  # what 0 and 9 stand for
     tag = reward_tag(z, bin_edges(samples), cfg)
     return Variant(f"target {target}", tag, tag_ids(tag, codec), target=z)
 
@@ -175,7 +168,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
         drawn = np.random.Generator(np.random.Philox(key=[cfg.seed, i], counter=epoch)).random()
         return [] if drawn < cfg.condition_dropout else tags[which[i]]
-    return Examples(samples.tokens, tag=tag)
+    return Examples(samples.tokens, tag=tag)  # which puts it between prompt and response
 
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
@@ -188,6 +181,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
+    if steps < 400:
+        print0("  a tag is heeded after some hundred steps: give more --steps, or smaller batches")
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         watch = common.slope_watcher(run, cfg.watch_slope, samples, rm, codec,
@@ -209,8 +204,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens,
                     **watch(step))
     default, edges = ask(cfg.target[-1], samples, codec, cfg), bin_edges(samples)
-    codec.tokenizer.chat_template = add_reward_to_chat_template(codec.tokenizer.chat_template,
-                                                                default.target, edges, cfg)
+    codec.tokenizer.chat_template = common.with_reward_tag(
+        codec.tokenizer.chat_template, tag_in_jinja(default.target, edges, cfg))
     common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT)
     return {"condition": {"format": cfg.reward_format, "step": cfg.reward_step,
                           "bin_edges": edges.tolist(), "mean": float(samples.rewards.mean()),
@@ -242,10 +237,10 @@ def main(cfg: Config) -> None:
     policy = common.train_stage(cfg, "dt", functools.partial(train, rm=rm), base, samples)
     codec = common.Codec(policy.folder, cfg)
     variants = [ask(target, samples, codec, cfg) for target in cfg.target]
-    alike = {v.tag: [other.name for other in variants if other.tag == v.tag] for v in variants}
-    for tag, names in alike.items():
-        if len(names) > 1:
-            print0(f"  {', '.join(names)}: all are asked for by the same tag,{tag}")
+    for tag in {v.tag: None for v in variants}:
+        same = [v.name for v in variants if v.tag == tag]
+        if len(same) > 1:
+            print0(f"  {', '.join(same)}: all are asked for by the tag{tag}")
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
     common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))

@@ -55,6 +55,7 @@ V, D = 97, 16
 
 
 TINY = ["--eval_prompts", "12", "--batch_size", "8", "--samples_per_prompt", "1"]
+ENVIRONMENT = dict(os.environ)  # tests change it while others start processes
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # of tests of more ranks than a machine may have GPUs
 
 
@@ -63,6 +64,7 @@ def begun(request, tmp_path_factory):
     """What many tests wait for, begun in the background where one of those chosen does: its
     folder, and what it will return, by the fixture's name."""
     chosen = {name for item in request.session.items for name in item.fixturenames}
+    forks()  # it changes os.environ for a moment, which a thread must not see
     with ThreadPoolExecutor(1) as pool:
         found = {}
         for name, make in (("run", make_run), ("gradients", make_gradients)):
@@ -75,9 +77,9 @@ def begun(request, tmp_path_factory):
 
 def make_run(folder):
     """A tiny run of the whole road, by dt.py's command line: (folder, what it printed)."""
-    script("reward_model.py", "--out", folder, "--steps", "20")
+    script("reward_model.py", "--out", folder, "--steps", "20", env=ENVIRONMENT)
     return folder, script("dt.py", *TINY, "--out", folder, "--steps", "8", "--target", "-1", "none",
-                          "q99").stdout
+                          "q99", env=ENVIRONMENT).stdout
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +150,8 @@ def codec(begun):
     folder, end = begun["run"]
     while not (folder / "base" / "run.json").exists() and not end.done():
         time.sleep(0.1)
+    if end.done():
+        end.result()  # raises what went wrong
     return Codec(str(folder / "base"), config())
 
 
@@ -1133,8 +1137,8 @@ def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_p
         tokenizer.add_special_tokens({"additional_special_tokens": dt.TOKENS})
     asked = {z: codec.prompts([chat])[0] + dt.tag_ids(dt.reward_tag(z, edges, cfg), codec)
              for z in (2.0, -1.37, 0.25)}
-    tokenizer.chat_template = dt.add_reward_to_chat_template(tokenizer.chat_template, -1.37, edges,
-                                                             cfg)
+    tokenizer.chat_template = common.with_reward_tag(
+        tokenizer.chat_template, dt.tag_in_jinja(-1.37, edges, cfg))
     render = functools.partial(tokenizer.apply_chat_template, chat, add_generation_prompt=True,
                                return_dict=False)
     assert [render(reward=z) for z in asked] == list(asked.values()) and render() == asked[-1.37]
@@ -1143,11 +1147,11 @@ def test_dt_chat_template_writes_the_tag_that_training_wrote(format, step, tmp_p
 def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(tmp_path, capsys):
     asked = [common.Variant(f"target {z}", f" {z}", target=z) for z in (-1.0, 0.0, 2.0)]
     for gain in (0.5, 0.0):
-        replies = [[{"reward": 0.25 + gain * v.target + noise} for noise in (-0.1, 0.1)]
-                   for v in asked]
+        replies = [[{"prompt": prompt, "reward": 0.25 + gain * v.target + noise}
+                    for prompt, noise in (("a", -0.1), ("b", 0.1), ("b", 0.3))] for v in asked]
         common.report_slope(asked, replies, tmp_path)
         said = capsys.readouterr().out
-        assert f"slope {gain:.2f} [{gain:.2f}, {gain:.2f}]" in said
+        assert f"slope {gain:.2f} [{gain:.2f}, {gain:.2f}], 95 % over 2 prompts" in said
         assert ("hardly heeded" in said) == (gain == 0)
         alike = [v._replace(tag=" 9") for v in asked]
         common.report_slope(alike, replies, tmp_path)
@@ -1377,7 +1381,7 @@ def test_ranked_responses_are_preferences_best_first(tmp_path):
     assert {r.prompt: list(r.responses) for r in train + held_out} == {
         row["prompt"]: row["ranked"] for row in rows}
     hidden = {common.prompt_hash(r.prompt) for r in held_out}
-    labelled, asked = common.rows_to_label(config(**flags, sources="dataset"), hidden)
+    labelled, asked = common.to_label(config(**flags, sources="dataset"), hidden)
     assert not asked and len(labelled) == sum(len(r.responses) for r in train)
     assert all((row.source == "chosen") == (row.response == "best") for row in labelled)
 
@@ -2226,15 +2230,28 @@ def test_replies_and_their_leaderboard_row_belong_together(run):
 
 
 def test_a_policy_that_was_replaced_is_marked_in_the_table(tmp_path, capsys):
-    common.write_beside(tmp_path / "run.json", [json.dumps({"settings": {"lr": 1.0}})])
+    common.write_beside(tmp_path / "dt" / "run.json", [json.dumps({"settings": {"lr": 1.0}})])
     row = {**dict.fromkeys([name for name, _ in common.COLUMNS.values()]), "algorithm": "dt",
-           "seed": 0, "checkpoint": str(tmp_path)}
+           "seed": 0}
     common.print_leaderboard([
         {**row, "variant": "old", "policy": common.fingerprint({"lr": 2.0})},
-        {**row, "variant": "new", "policy": common.fingerprint({"lr": 1.0})}])
+        {**row, "variant": "new", "policy": common.fingerprint({"lr": 1.0})}], tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("*") for line in lines if line.startswith("dt")] == [False, True]
-    assert "replaced" in lines[-1]
+    assert "no longer there" in lines[-1]
+
+
+def test_prompts_of_a_part_named_test_are_held_out_whatever_the_flag(tmp_path):
+    """Of --samples, --responses and --prompts as of --preferences."""
+    for part in ("train", "test"):
+        write(tmp_path / f"{part}.jsonl", *({"prompt": f"{part} {i}", "response": "r", "reward": i}
+                                           for i in range(9)))
+    cfg = config(rwr, model="m", samples=str(tmp_path))
+    train, held_out = (common.split_prompts(cfg, held_out) for held_out in (False, True))
+    assert {p.split()[0] for p in train} == {"train"} and len(train) == 9
+    assert {p.split()[0] for p in held_out} == {"test"} and len(held_out) == 9
+    alone = config(rwr, model="m", samples=str(tmp_path / "test.jsonl"), held_out=0.5)
+    assert common.split_prompts(alone, False) and common.split_prompts(alone, True), "by hash"
 
 
 def test_messages_need_a_chat_template(codec):
@@ -2864,6 +2881,28 @@ def test_the_crossover_does_all_of_it_and_goes_on(run, tmp_path, monkeypatch):
     assert "rises most from 60 to 200 steps: 0.00 ± 0.00 to 1.00 ± 0.00" in said
 
 
+def test_the_crossovers_own_levers_do_what_they_say(codec, run, monkeypatch):
+    """Late dropout keeps all tags in the first epoch; faster rows move so many times as far."""
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import crossover
+    cfg = config(dt, condition_dropout=0.5)
+    late = crossover.prepare_late(samples_of(codec, range(40)), codec, cfg)
+    dropped = [sum(late.tag(i, epoch) == [] for i in range(40)) for epoch in (0, 1)]
+    assert dropped[0] == 0 and 8 < dropped[1] < 32
+    moved = []
+    for times in (1, 10):
+        with crossover.faster_rows([3, 5], times):
+            policy = common.load_policy(str(run[0] / "base"), config(lr=1e-3))
+            optimizer, _ = common.make_optimizer(policy, config(lr=1e-3), 1)
+        weight = policy.model.get_input_embeddings().weight
+        before = weight.detach().clone()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        moved.append(weight.detach() - before)
+    assert torch.allclose(moved[1][[3, 5]], 10 * moved[0][[3, 5]], rtol=1e-3)
+    assert torch.equal(moved[1][6:], moved[0][6:])
+
+
 def test_one_pair_moves_each_algorithm_as_the_notebook_says(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     import one_pair
@@ -3334,7 +3373,8 @@ def test_prompts_of_rows_are_those_of_their_samples(tmp_path):
         sample, = samples_in(path)
         assert sample.prompt == [system] * ("system" in more) + [user] and sample.response == "A"
         common.read_prompts.cache_clear()
-        assert common.read_prompts(path) == [sample.prompt]  # else held-out prompts are trained on
+        prompts, _ = common.read_prompts(path)
+        assert prompts == [sample.prompt], "else held-out prompts are trained on"
     with pytest.raises(BadInput, match="give one"):
         samples_in(write(path, {"messages": [user, reply], "response": "B", "reward": 1}))
 
@@ -3730,7 +3770,7 @@ def test_a_preference_holds_its_prompt_once_whatever_the_sides_repeat(tmp_path, 
         assert found.prompt in ("P", "\n\nHuman: P\n\nAssistant:") and row not in ZOO_WITH_SYSTEM
     else:
         assert found.prompt == [ZOO_S] * (row in ZOO_WITH_SYSTEM) + [U("P")]
-    assert common.read_prompts(str(tmp_path / "rows.jsonl")) == [found.prompt]
+    assert common.read_prompts(str(tmp_path / "rows.jsonl"))[0] == [found.prompt]
 
 
 def test_sides_of_another_conversation_than_the_prompt_are_refused(tmp_path):

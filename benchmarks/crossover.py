@@ -23,8 +23,9 @@ give another --out.  table.md goes there, crossover_steps.png and crossover_samp
 - Learning rates: --tune tries the same four for each method at each of three step counts, and at
   few samples, and takes the highest mean gold (DT's at q99); `random` takes filtering's.  Other
   cells take the nearest one's; without tuned.json all are the scripts' defaults.
-- Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch;
-  `tag's rows x 10` makes the updates of the tags' embeddings ten times as large.
+- Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch,
+  and is left out where there is no second;
+  `tag's embeddings x 10` makes the updates of the tags' embeddings ten times as large.
 """
 from __future__ import annotations
 
@@ -87,7 +88,9 @@ class Sizes(NamedTuple):
     levers: int = 99                         # of each method, at most
 
 
-MINI = Sizes((1, 3), (3,), (200, 8_250), 3, 200, 100, (1.0,), (3e-3, 1e-2), 8, 50, 1, 3, 1)
+MINI = Sizes(steps=(1, 3), few_steps=(3,), samples=(200, 8_250), main_steps=3, main_samples=200,
+             few_samples=100, noise=(1.0,), lrs=(3e-3, 1e-2), prompts=8, pairs=50, per_prompt=1,
+             methods=3, levers=1)
 TUNING_SEEDS = [100, 101]
 TARGETS = ("q5", "q50", "q95", "q99")  # of the slope
 BEYOND = ("q90", "5.00")               # other ways to ask for the best
@@ -96,14 +99,15 @@ METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
            "SFT": (mle_filter, {"keep": 1.0}), "random 0.2": (mle_filter, {"keep": 0.2})}
 # Flags in place of the defaults; those of OURS are this file's.  What a script does not have, or
 # has by default, is left out.
-OURS = {"lr_times", "steps_times", "late_dropout", "tag_rows_times"}
+OURS = {"lr_times", "steps_times", "late_dropout", "tag_embeddings_times"}
 LEVERS = {
     "DT": {"special token": {"reward_format": "token"},
            "decimal in 0.5s": {"reward_format": "decimal", "reward_step": 0.5},
            "the paper's tag": {"reward_format": "decimal", "reward_step": 0.01},
            "lr x 0.5": {"lr_times": 0.5}, "lr x 2": {"lr_times": 2}, "lr x 4": {"lr_times": 4},
            "no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
-           "late dropout": {"late_dropout": True}, "tag's rows x 10": {"tag_rows_times": 10},
+           "late dropout": {"late_dropout": True},
+           "tag's embeddings x 10": {"tag_embeddings_times": 10},
            "batch 8, 4 x steps": {"batch_size": 8, "steps_times": 4}},
     "RWR": {"cap 20": {"w_max": 20.0},
             "beta 0.1": {"beta": 0.1}, "beta 0.3": {"beta": 0.3}, "beta 0.5": {"beta": 0.5}}}
@@ -184,7 +188,8 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
     for steps in size.few_steps:
         for method, levers in LEVERS.items():
             for name, flags in list(levers.items())[:size.levers]:
-                if changes(method, flags):
+                second_epoch = steps * toy(METHODS[method][0]).batch_size > n
+                if changes(method, flags) and (second_epoch or "late_dropout" not in flags):
                     add("levers", method, steps, setting=name, flags=flags)
     for steps in size.steps:
         for method in controls:
@@ -262,16 +267,16 @@ class World:
         flags = {**own, "lr": job.lr, "steps": job.steps, "seed": job.seed, **job.flags}
         flags["lr"] *= flags.pop("lr_times", 1)
         flags["steps"] *= flags.pop("steps_times", 1)
-        late, times = flags.pop("late_dropout", False), flags.pop("tag_rows_times", 1)
+        late, times = flags.pop("late_dropout", False), flags.pop("tag_embeddings_times", 1)
         cfg = self.config(module, **flags)
         os.makedirs(folder)
         with mock.patch.multiple(dt, prepare=prepare_late) if late else contextlib.nullcontext(), \
-                faster_rows(self.tag_rows(cfg, samples), times) if times > 1 else \
+                faster_rows(self.tag_tokens(cfg, samples), times) if times > 1 else \
                 contextlib.nullcontext():
             module.train(cfg, self.base, samples, Path(folder), Cost())
         return cfg
 
-    def tag_rows(self, cfg: Any, samples: common.Samples) -> list[int]:
+    def tag_tokens(self, cfg: Any, samples: common.Samples) -> list[int]:
         """The tokens that DT's tags are made of."""
         z, codec = samples.z(samples.rewards), common.Codec(self.base.folder, cfg)
         edges = dt.bin_edges(samples)
@@ -443,7 +448,7 @@ def work(cfg: Config, jobs: list[Job], file: Path) -> None:
 
 
 def choose(rows: list[dict], file: Path) -> None:
-    """Writes the learning rate of the highest mean gold for each method and step count."""
+    """Writes the learning rate of the highest mean gold for each method, step and sample count."""
     tuned: dict[str, list] = {}
     for method in list(METHODS)[:5]:
         name = "DT q99" if method == "DT" else method

@@ -51,7 +51,8 @@ def table(title: str, rows: list[dict], down: str, across: str, value: str = "go
           against: Any = None) -> str:
     """Markdown: a value over seeds; in brackets its change from the line where `down` is
     `against`."""
-    lines, columns = [], list(dict.fromkeys(r[across] for r in rows if value in r))
+    columns = list(dict.fromkeys(r[across] for r in rows if value in r))
+    lines, columns = [], sorted(columns) if across == "steps" else columns
     for here in sorted({r[down] for r in rows if value in r}):
         line = {down: here or ("none" if down == "setting" else here)}
         for column in columns:

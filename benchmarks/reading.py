@@ -134,7 +134,7 @@ def first_replies(transcripts: str) -> list[tuple[str, str]]:
 
 def write_data(cfg: Config, folder: Path) -> None:
     """Replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
-    prompts = common.read_prompts(cfg.transcripts)
+    prompts = common.read_prompts(cfg.transcripts)[0]
     common.require(all(isinstance(p, str) for p in prompts),
                    f"{cfg.transcripts}: transcripts are text, not messages")
     turns = dict.fromkeys(map(first_turn, prompts))

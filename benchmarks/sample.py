@@ -105,7 +105,7 @@ def samples_of_rewards(rewards: list[float]) -> common.Samples:
 def main(cfg: Config) -> None:
     """Times both for each dtype."""
     print(machine())
-    rows, phases, texts = [], [], common.read_prompts(cfg.prompts)[:cfg.count]
+    rows, phases, texts = [], [], common.read_prompts(cfg.prompts)[0][:cfg.count]
     for dtype in cfg.dtypes:
         run = ppo_baseline.Config(
             model=cfg.model, preferences="none", max_response_tokens=cfg.new_tokens, dtype=dtype,

@@ -61,7 +61,7 @@ def main(cfg: Config) -> None:
                         dtype="fp32", max_prompt_tokens=cfg.max_prompt_tokens,
                         max_response_tokens=cfg.new_tokens)
     codec, model = common.Codec(cfg.model, run), common.load_model(cfg.model)
-    prompts = codec.prompts(common.read_prompts(cfg.prompts)[:cfg.count])
+    prompts = codec.prompts(common.read_prompts(cfg.prompts)[0][:cfg.count])
     replies = common.sample(model, prompts, run, 0, codec.stop_ids, common.Cost())
     rows = []
     for (form, step), pair in itertools.product(FORMATS.items(), ASKED):

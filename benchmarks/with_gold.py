@@ -2,7 +2,8 @@
 and no reward model's mistakes, so that what is left is the method.
 
     python benchmarks/with_gold.py dt.py --model SMOLLM2 --responses REPLIES.jsonl \
-        --reward_model gold --out runs/gold --steps 1000
+        --reward_model gold --out runs/gold --steps 1000 --max_prompt_tokens 128 \
+        --max_response_tokens 64 --temperature 0.7
 
 REPLIES are rows of `prompt`, as messages, and `response`, as reading.py leaves them in the
 samples.jsonl of its --out.  Gold labels them, scores what is sampled while the slope is watched,
@@ -23,7 +24,7 @@ from reading import gold
 import common
 import reward_model
 
-SCRIPTS = ("mle_filter.py", "rwr.py", "dt.py", "ppo_baseline.py")
+SCRIPTS = ("mle_filter.py", "rwr.py", "dt.py")  # PPO's critic needs a reward model's weights
 
 
 def load_gold(cfg: Any) -> Callable:
@@ -35,7 +36,8 @@ def load_gold(cfg: Any) -> Callable:
         for prompt, text, cut, ids in zip(prompts, responses, truncated,
                                           codec.continuations(responses)):
             if len(ids) >= most:
-                text, cut = codec.tokenizer.decode(codec.cut_end(ids, most)), True
+                text = codec.decode(common.Response(codec.cut_end(ids, most), [], True))
+                cut = True
             found.append(gold(prompt, text, cut))
         return found
     return score
@@ -43,8 +45,7 @@ def load_gold(cfg: Any) -> Callable:
 
 def gold_stage(cfg: Any, base: common.Stage) -> common.Stage:
     """In place of reward_model.for_run()."""
-    return common.Stage("gold", common.content_hash("gold"), common.Cost(),
-                        functools.partial(load_gold, cfg))
+    return common.Stage("gold", "gold", common.Cost(), functools.partial(load_gold, cfg))
 
 
 def main(script: str, flags: list[str]) -> None:
