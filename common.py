@@ -2397,8 +2397,8 @@ def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
     barrier()
     rewards, weights, prompts = map(np.load(folder / "labels.npy").__getitem__, ("f0", "f1", "f2"))
     require(len(rewards), f"{path}: no sample in it to train on")
-    given = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
-    if np.isnan(weights).any() or not given:  # else the rewards may be alike, or none
+    by_weight = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
+    if not by_weight or np.isnan(weights).any():  # else the rewards may be alike, or none
         check_rewards(path, rewards)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sources.items())
     print0(f"  {len(rewards):,} samples ({kinds}), reward {rewards.mean():.3f} ± "
