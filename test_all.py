@@ -64,12 +64,12 @@ def begun(request, tmp_path_factory):
     """What many tests wait for, begun in the background where one of those chosen does: its
     folder, and what it will return, by the fixture's name."""
     chosen = {name for item in request.session.items for name in item.fixturenames}
-    forks()  # it changes os.environ for a moment, which a thread must not see
     with ThreadPoolExecutor(1) as pool:
         found = {}
         for name, make in (("run", make_run), ("gradients", make_gradients)):
             if name in chosen or name == "run" and "codec" in chosen:
                 folder = tmp_path_factory.mktemp(name)
+                forks()  # it changes os.environ for a moment, which a thread must not see
                 found[name] = folder, pool.submit(make, folder)
         yield found
         pool.shutdown(cancel_futures=True)
