@@ -1143,6 +1143,17 @@ def name_in(entry: dict, *names: str) -> str:
     return found[0]
 
 
+def as_messages(prompt: Any) -> list[dict]:
+    """Chat messages as they are, text as a user's."""
+    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+
+
+def repeats(conversation: list[dict], messages: list[dict]) -> bool:
+    """Whether the conversation holds the text of each of the messages."""
+    contents = [m["content"].strip() for m in conversation]
+    return all(m["content"].strip() in contents for m in messages)
+
+
 def prompt_of(entry: dict) -> tuple[Any, Optional[str]]:
     """An entry's prompt, text or messages, and the reply to it where it is a whole conversation: of
     `messages` or ShareGPT's `conversations`, else of `prompt`, OpenRLHF's `input`, or Alpaca's
@@ -1154,13 +1165,10 @@ def prompt_of(entry: dict) -> tuple[Any, Optional[str]]:
         prompt = "\n\n".join(filter(None, (prompt, entry.get("input"))))
     require(isinstance(prompt, list) or prompt.strip(), f"the field {name!r} is empty")
     if whole and entry.get("prompt"):  # some data sets give its first turn once more
-        first = entry["prompt"] if isinstance(entry["prompt"], list) else [
-            {"content": entry["prompt"]}]
-        contents = [m["content"].strip() for m in prompt]
-        require(all(m["content"].strip() in contents for m in first),
+        require(repeats(prompt, as_messages(entry["prompt"])),
                 f"the fields {whole!r} and 'prompt' differ; give one")
-    if isinstance(prompt, str) and (name == "instruction" or entry.get("system")):
-        prompt = [{"role": "user", "content": prompt}]
+    if name == "instruction" or entry.get("system"):
+        prompt = as_messages(prompt)
     if whole and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
         *prompt, last = prompt
         reply = last["content"]
@@ -1217,9 +1225,8 @@ def side_of(entry: dict, name: str) -> tuple[Any, str]:
     if not before and given is None:
         raise KeyError("prompt")
     if before and given is not None:  # the prompt once, which the side repeats
-        given = given if isinstance(given, list) else [{"role": "user", "content": given}]
-        contents = [m["content"].strip() for m in side]
-        require(all(m["content"].strip() in contents for m in given if m["role"] != "system"),
+        given = as_messages(given)
+        require(repeats(side, [m for m in given if m["role"] != "system"]),
                 f"the field {name!r} is a conversation without the row's prompt in it")
         before = [m for m in given if m["role"] == "system" and m not in side] + before
     return before or given, last["content"]
@@ -2586,7 +2593,7 @@ def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[S
         print0(f"  the slope is not watched: that takes {' and '.join(lacking)}")
     if not count or lacking:
         return lambda step: {}
-    score, plain = rm.load_scorer(), codec.prompts(prompts)
+    score, plain = functools.cache(rm.load_scorer), codec.prompts(prompts)
     ids = [prompt + variant.tag_ids for variant in (low, high) for prompt in plain]
 
     def watch(step: int) -> dict:
@@ -2596,8 +2603,8 @@ def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[S
         model = sampling_copy(getattr(run.policy, "module", run.policy).model, cfg)
         replies = sample(model, ids, cfg, cfg.seed, codec.stop_ids, spent,
                          seeds=[*range(len(prompts))] * 2)  # alike for low and high, at each watch
-        rewards = samples.z(score(prompts * 2, [codec.decode(r) for r in replies],
-                                  [r.truncated for r in replies], spent))
+        rewards = samples.z(score()(prompts * 2, [codec.decode(r) for r in replies],
+                                    [r.truncated for r in replies], spent))
         got = rewards.reshape(2, -1).mean(1)
         slope = (got[1] - got[0]) / (high.target - low.target)
         run.cost.seconds -= time.perf_counter() - begun

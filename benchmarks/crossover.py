@@ -270,9 +270,11 @@ class World:
         late, times = flags.pop("late_dropout", False), flags.pop("tag_embeddings_times", 1)
         cfg = self.config(module, **flags)
         os.makedirs(folder)
-        with mock.patch.multiple(dt, prepare=prepare_late) if late else contextlib.nullcontext(), \
-                faster_rows(self.tag_tokens(cfg, samples), times) if times > 1 else \
-                contextlib.nullcontext():
+        with contextlib.ExitStack() as patches:
+            if late:
+                patches.enter_context(mock.patch.object(dt, "prepare", prepare_late))
+            if times > 1:
+                patches.enter_context(faster_rows(self.tag_tokens(cfg, samples), times))
             module.train(cfg, self.base, samples, Path(folder), Cost())
         return cfg
 
@@ -394,9 +396,6 @@ def run(job: Job, cfg: Config, deadline: float) -> Optional[list[dict]]:
     with open(Path(cfg.out) / "log.txt", "a") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log), tempfile.TemporaryDirectory() as folder:
         home = world(cfg.out, 0 if cfg.mini else job.seed, MINI if cfg.mini else Sizes())
-        if job.axis == "more samples":
-            home.part(job.samples)
-            return []
         begun = time.process_time()
         samples, right = labelled(home, job.samples, job.noise, job.method.startswith("random"))
         if job.method == "base":
