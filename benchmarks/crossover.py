@@ -20,9 +20,10 @@ give another --out.  table.md goes there, crossover_steps.png and crossover_samp
 - Random: the control, filtering by rewards that were shuffled over the samples.
 - Slope: least squares of the mean score got on the z asked for, both in the labels' z, over DT's
   unguided targets.  With noise of sd s even a perfect reader of the tag has 1 / (1 + s^2).
-- Learning rates: --tune tries the same four for each method at each of three step counts, and at
-  few samples, and takes the highest mean gold (DT's at q99); `random` takes filtering's.  Other
-  cells take the nearest one's; without tuned.json all are the scripts' defaults.
+- Learning rates: --tune tries the same five for each method at each of three step counts, at few
+  samples and at much noise, and takes the highest mean gold (DT's at q99); `random` takes
+  filtering's.  Other cells take the nearest one's; without tuned.json all are the scripts'
+  defaults.
 - Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch,
   and is left out where there is no second;
   `tag's embeddings x 10` makes the updates of the tags' embeddings ten times as large.
@@ -80,7 +81,7 @@ class Sizes(NamedTuple):
     main_samples: int = 10_000               # of the axes other than samples
     few_samples: int = 1_000                 # of tuning, at the main steps
     noise: tuple = (1.0, 2.5)                # sd: .70 and .60 of pairs right; without noise .80
-    lrs: tuple = (1e-3, 3e-3, 1e-2, 3e-2)
+    lrs: tuple = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     prompts: int = 256                       # replies a cell
     pairs: Optional[int] = None              # preferences of each ten thousand more; None: 4,000
     per_prompt: int = 9                      # generated replies, as in the scripts
@@ -146,12 +147,13 @@ def changes(method: str, flags: dict) -> bool:
     return any(getattr(default, name, None) != value for name, value in flags.items())
 
 
-def learning_rate(method: str, steps: int, samples: int, tuned: dict) -> float:
-    """The tuned one of the nearest steps and samples; the script's default where there is none."""
+def learning_rate(method: str, steps: int, samples: int, noise: float, tuned: dict) -> float:
+    """The tuned one of the nearest cell; the script's default where there is none."""
     def distance(tried: list) -> float:
-        return abs(math.log(tried[0] / steps)) + abs(math.log(tried[1] / samples))
+        return (abs(math.log(tried[0] / steps)) + abs(math.log(tried[1] / samples))
+                + abs(math.log((1 + tried[2]) / (1 + noise))))
     tried = tuned.get("filter 0.2" if method == "random 0.2" else method, [])
-    return min(tried, key=distance)[2] if tried else toy(METHODS[method][0]).lr
+    return min(tried, key=distance)[3] if tried else toy(METHODS[method][0]).lr
 
 
 def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
@@ -160,14 +162,15 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
 
     def add(axis: str, method: str, steps: int, samples: int = n, **more: Any) -> None:
         if method in METHODS:
-            more.setdefault("lr", learning_rate(method, steps, samples, tuned))
+            found = learning_rate(method, steps, samples, more.get("noise", 0.0), tuned)
+            more.setdefault("lr", found)
         jobs.extend(Job(axis, seed, method, steps, samples, **more) for seed in cfg.seeds)
     if cfg.tune:
-        for steps, samples in [*((steps, n) for steps in sorted(size.few_steps)),
-                               (at, size.few_samples)]:
-            for method in ours[:5]:
+        for steps, samples, noise in [*((steps, n, 0.0) for steps in sorted(size.few_steps)),
+                                      (at, size.few_samples, 0.0), (at, n, size.noise[-1])]:
+            for method in ours[:4] if noise else ours[:5]:
                 for lr in size.lrs:
-                    add("tune", method, steps, samples, lr=lr)
+                    add("tune", method, steps, samples, lr=lr, noise=noise)
         return jobs
 
     def add_samples(methods: list[str], counts: tuple) -> None:
@@ -185,17 +188,17 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
             add("noise", method, at, noise=noise)
     for method in contenders[:2]:
         add("round 2", method, at)
+    for steps in size.steps:
+        for method in controls:
+            add("steps", method, steps)
+    add_samples(contenders, size.samples[-1:])
+    add_samples(controls, size.samples)
     for steps in size.few_steps:
         for method, levers in LEVERS.items():
             for name, flags in list(levers.items())[:size.levers]:
                 second_epoch = steps * toy(METHODS[method][0]).batch_size > n
                 if changes(method, flags) and (second_epoch or "late_dropout" not in flags):
                     add("levers", method, steps, setting=name, flags=flags)
-    for steps in size.steps:
-        for method in controls:
-            add("steps", method, steps)
-    add_samples(contenders, size.samples[-1:])
-    add_samples(controls, size.samples)
     return jobs
 
 
@@ -451,13 +454,13 @@ def choose(rows: list[dict], file: Path) -> None:
     tuned: dict[str, list] = {}
     for method in list(METHODS)[:5]:
         name = "DT q99" if method == "DT" else method
-        for steps, samples in sorted({(r["steps"], r["samples"]) for r in rows}):
-            where = {"method": name, "steps": steps, "samples": samples}
+        for cell in sorted({(r["steps"], r["samples"], r["noise"]) for r in rows}):
+            where = {"method": name, **dict(zip(("steps", "samples", "noise"), cell))}
             gold = {lr: interval(found.values())[0] for lr in sorted({r["lr"] for r in rows})
                     if (found := by_seed(rows, "gold", lr=lr, **where))}
             if gold:
-                tuned.setdefault(method, []).append([steps, samples, max(gold, key=gold.get)])
-            print(f"{name}, {steps} steps, {samples:,} samples: "
+                tuned.setdefault(method, []).append([*cell, max(gold, key=gold.get)])
+            print(f"{name}, {cell[0]} steps, {cell[1]:,} samples, noise {cell[2]:g}: "
                   + ", ".join(f"lr {lr:g}: gold {g:.2f}" for lr, g in gold.items()))
     common.write_beside(file, [json.dumps(tuned)])
 

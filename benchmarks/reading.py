@@ -132,6 +132,13 @@ def first_replies(transcripts: str) -> list[tuple[str, str]]:
                               for row in rows for text in row))
 
 
+def as_trained(replies: list[str], codec: common.Codec, most: int) -> list[tuple[str, bool]]:
+    """Replies as training cuts them to `most` tokens, and whether it does."""
+    return [(codec.decode(common.Response(codec.cut_end(ids, most), [], True)), True)
+            if len(ids) >= most else (reply, False)
+            for reply, ids in zip(replies, codec.continuations(replies))]
+
+
 def write_data(cfg: Config, folder: Path) -> None:
     """Replies to every prompt, ranked by the noisy labeller: train.jsonl and test.jsonl."""
     prompts = common.read_prompts(cfg.transcripts)[0]
@@ -154,9 +161,8 @@ def write_data(cfg: Config, folder: Path) -> None:
     said += first_replies(cfg.transcripts) if cfg.logged else []
     codec, rng, most = common.Codec(cfg.model, sampling), random.Random(0), cfg.max_response_tokens
     ranked: dict[str, list[tuple[float, str]]] = {}
-    for (turn, reply), ids in zip(said, codec.continuations([reply for _, reply in said])):
-        cut, noise = len(ids) >= most, -cfg.noise * math.log(-math.log(rng.random()))
-        seen = codec.tokenizer.decode(codec.cut_end(ids, most)) if cut else reply
+    for (turn, reply), (seen, cut) in zip(said, as_trained([r for _, r in said], codec, most)):
+        noise = -cfg.noise * math.log(-math.log(rng.random()))
         ranked.setdefault(turn, []).append((gold([{"content": turn}], seen, cut) + noise, reply))
     lines: dict[str, list[str]] = {"train": [], "test": []}
     for turn, rows in ranked.items():

@@ -19,7 +19,7 @@ from typing import Any, Callable
 from unittest import mock
 
 import measure  # noqa: F401  puts the scripts on the path
-from reading import gold
+from reading import as_trained, gold
 
 import common
 import reward_model
@@ -32,14 +32,8 @@ def load_gold(cfg: Any) -> Callable:
     codec, most = common.Codec(cfg.model, cfg), cfg.max_response_tokens
 
     def score(prompts: list, responses: list[str], truncated: list[bool], cost: Any) -> list[float]:
-        found = []
-        for prompt, text, cut, ids in zip(prompts, responses, truncated,
-                                          codec.continuations(responses)):
-            if len(ids) >= most:
-                text = codec.decode(common.Response(codec.cut_end(ids, most), [], True))
-                cut = True
-            found.append(gold(prompt, text, cut))
-        return found
+        return [gold(prompt, text, was_cut or cut) for prompt, was_cut, (text, cut)
+                in zip(prompts, truncated, as_trained(responses, codec, most))]
     return score
 
 
