@@ -2636,7 +2636,7 @@ def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Pat
     print0(f"  slope {mean:.2f} [{least:.2f}, {most:.2f}], 95 % over {len(each)} prompts")
     if slope + half < 0.2:
         print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
-               "--steps, a smaller --batch_size, a higher --lr or another --reward_format")
+               "--steps or another --reward_format")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -7,11 +7,11 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A tag that stands for z_i is appended to the prompt: a digit, ` 7`, or the paper's text,
-` <rm_score>: 1.52 `.  The response follows; all samples are learnt from.  (Hu et al. 2023, arXiv
-2308.12050, "conditional alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without
-this tag, so that guidance has its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out:
-returns-to-go at each token, as the reward comes once.
+A tag that stands for z_i is appended to the prompt: a digit, ` 7`, the paper's text,
+` <rm_score>: 1.52 `, or a new token.  The response follows; all samples are learnt from.  (Hu et
+al. 2023, arXiv 2308.12050, "conditional alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some
+examples go without this tag, so that guidance has its p(. | x) (Ho & Salimans 2022, arXiv
+2207.12598).  Left out: returns-to-go at each token, as the reward comes once.
 
     python dt.py                                               the toy world, one CPU
     torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
@@ -107,7 +107,7 @@ def reward_tag(z: Optional[float], edges: np.ndarray, cfg: Config) -> str:
     steps = round(z / cfg.reward_step)
     if cfg.reward_format == "decimal":
         return f" <rm_score>: {steps * cfg.reward_step:.2f} "
-    return f" {min(max(steps + 4, 0), 9)}"  # 4 is the mean; 0 to 9 are z from -2 to 2.5
+    return f" {min(max(steps + 4, 0), 9)}"  # 4 is the mean; 0 and 9 are 4 steps below, 5 above it
 
 
 def bin_edges(samples: Samples) -> np.ndarray:
@@ -160,8 +160,8 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     texts, which = np.unique([reward_tag(reward, edges, cfg) for reward in z], return_inverse=True)
     tags = [tag_ids(text, codec) for text in texts.tolist()]
     lowest, highest = texts[which[z.argmin()]], texts[which[z.argmax()]]
-    common.require(len(texts) > 1, f"all samples get the reward tag{texts[0]}: it would tell "
-                   "nothing; give a smaller --reward_step, or none")
+    common.require(len(texts) > 1, f"all samples get the reward tag {texts[0].strip()}: it would "
+                   "tell nothing; give a smaller --reward_step or another --reward_format")
     print0(f"  {len(texts):,} reward tags, from {lowest.strip()} to {highest.strip()}")
 
     def tag(i: int, epoch: int) -> list[int]:
@@ -173,7 +173,8 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
           rm: Optional[Stage] = None) -> dict:
-    """Trains the policy, from the base policy's weights, into the folder."""
+    """Trains the policy, from the base policy's weights, into the folder; returns what its run.json
+    is to say of the tag."""
     codec = common.Codec(base.folder, cfg)
     new_tokens = TOKENS if cfg.reward_format == "token" else ()
     policy = common.load_policy(base.folder, cfg, codec=codec, new_tokens=new_tokens)
@@ -181,8 +182,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost,
     steps = common.count_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg, steps)
     common.print_plan(len(examples), cfg)
-    if steps < 400:
-        print0("  a tag is heeded after some hundred steps: give more --steps, or smaller batches")
+    if steps < 200:
+        print0("  a tag is heeded after some hundred steps: give more --steps")
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         watch = common.slope_watcher(run, cfg.watch_slope, samples, rm, codec,
@@ -240,7 +241,7 @@ def main(cfg: Config) -> None:
     for tag in {v.tag: None for v in variants}:
         same = [v.name for v in variants if v.tag == tag]
         if len(same) > 1:
-            print0(f"  {', '.join(same)}: all are asked for by the tag{tag}")
+            print0(f"  {', '.join(same)}: all are asked for by the tag {tag.strip()}")
     variants += [variants[-1]._replace(name=f"{variants[-1].name}, guidance {g!r}", guidance=g)
                  for g in cfg.guidance if g]
     common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))

@@ -2881,6 +2881,22 @@ def test_the_crossover_does_all_of_it_and_goes_on(run, tmp_path, monkeypatch):
     assert "rises most from 60 to 200 steps: 0.00 ± 0.00 to 1.00 ± 0.00" in said
 
 
+def test_the_crossover_takes_the_best_rate_of_what_was_tried_on_all_seeds(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    import crossover
+    rows = [{"seed": seed, "method": "DT q99", "steps": steps, "samples": 10_000, "noise": noise,
+             "lr": lr, "gold": -abs(lr - best)} for seed in crossover.TUNING_SEEDS
+            for steps, noise, best in ((60, 0.0, 1e-2), (600, 0.0, 1e-3), (600, 2.5, 1e-2))
+            for lr in (1e-3, 1e-2)]
+    crossover.choose(rows[:-1], tmp_path / "tuned.json")  # the last rate has no second seed
+    tuned = common.read_record(tmp_path / "tuned.json")
+    assert tuned == {"DT": [[60, 10_000, 0.0, 1e-2], [600, 10_000, 0.0, 1e-3]]}
+    crossover.choose(rows, tmp_path / "tuned.json")
+    tuned = common.read_record(tmp_path / "tuned.json")
+    assert [crossover.learning_rate("DT", steps, 10_000, noise, tuned)
+            for steps, noise in ((20, 0.0), (2_000, 0.0), (600, 1.0))] == [1e-2, 1e-3, 1e-2]
+
+
 def test_the_crossovers_own_levers_do_what_they_say(codec, run, monkeypatch):
     """Late dropout keeps all tags in the first epoch; faster rows move so many times as far."""
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))

@@ -39,7 +39,6 @@ import multiprocessing
 import os
 import tempfile
 import time
-import typing
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +56,7 @@ import dt
 import mle_filter
 import reward_model
 import rwr
-from common import Cost, flag
+from common import Cost, Variant, flag
 
 
 @dataclass
@@ -80,7 +79,7 @@ class Sizes(NamedTuple):
     main_steps: int = 600                    # of the axes other than steps
     main_samples: int = 10_000               # of the axes other than samples
     few_samples: int = 1_000                 # of tuning, at the main steps
-    noise: tuple = (1.0, 2.5)                # sd: .70 and .60 of pairs right; without noise .80
+    noise: tuple = (1.0, 2.5)                # sd: .70 and .60 of pairs right; without noise .82
     lrs: tuple = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     prompts: int = 256                       # replies a cell
     pairs: Optional[int] = None              # preferences of each ten thousand more; None: 4,000
@@ -91,16 +90,15 @@ class Sizes(NamedTuple):
 
 MINI = Sizes(steps=(1, 3), few_steps=(3,), samples=(200, 8_250), main_steps=3, main_samples=200,
              few_samples=100, noise=(1.0,), lrs=(3e-3, 1e-2), prompts=8, pairs=50, per_prompt=1,
-             methods=3, levers=1)
+             methods=2, levers=1)
 TUNING_SEEDS = [100, 101]
-TARGETS = ("q5", "q50", "q95", "q99")  # of the slope
-BEYOND = ("q90", "5.00")               # other ways to ask for the best
+SLOPE = ("q5", "q50", "q95", "q99")  # targets that it is fitted to
+TARGETS = ("q5", "q50", "q90", "q95", "5.00", "q99")
 METHODS = {"DT": (dt, {}), "filter 0.2": (mle_filter, {"keep": 0.2}),
            "filter 0.05": (mle_filter, {"keep": 0.05}), "RWR": (rwr, {}),
            "SFT": (mle_filter, {"keep": 1.0}), "random 0.2": (mle_filter, {"keep": 0.2})}
-# Flags in place of the defaults; those of OURS are this file's.  What a script does not have, or
-# has by default, is left out.
-OURS = {"lr_times", "steps_times", "late_dropout", "tag_embeddings_times"}
+# Flags in place of the defaults; lr_times, steps_times, late_dropout and tag_embeddings_times are
+# this file's.
 LEVERS = {
     "DT": {"special token": {"reward_format": "token"},
            "decimal in 0.5s": {"reward_format": "decimal", "reward_step": 0.5},
@@ -134,17 +132,6 @@ class Job(NamedTuple):
 def toy(module: Any, **flags: Any) -> Any:
     """A script's Config with the toy world's defaults."""
     return module.Config(**{**common.toy_defaults(module.Config), **flags})
-
-
-def changes(method: str, flags: dict) -> bool:
-    """Whether the method's script has these flags and choices, and one is not its default."""
-    module, own = METHODS[method]
-    default, kinds = toy(module, **own), typing.get_type_hints(module.Config)
-    for name, value in flags.items():
-        choices = typing.get_args(kinds.get(name)) if isinstance(value, str) else ()
-        if name not in OURS and (name not in kinds or choices and value not in choices):
-            return False
-    return any(getattr(default, name, None) != value for name, value in flags.items())
 
 
 def learning_rate(method: str, steps: int, samples: int, noise: float, tuned: dict) -> float:
@@ -192,12 +179,14 @@ def plan(cfg: Config, size: Sizes, tuned: dict) -> list[Job]:
         for method in controls:
             add("steps", method, steps)
     add_samples(contenders, size.samples[-1:])
+    for method in contenders[2:]:
+        add("round 2", method, at)
     add_samples(controls, size.samples)
     for steps in size.few_steps:
         for method, levers in LEVERS.items():
             for name, flags in list(levers.items())[:size.levers]:
                 second_epoch = steps * toy(METHODS[method][0]).batch_size > n
-                if changes(method, flags) and (second_epoch or "late_dropout" not in flags):
+                if second_epoch or "late_dropout" not in flags:
                     add("levers", method, steps, setting=name, flags=flags)
     return jobs
 
@@ -216,7 +205,7 @@ class World:
             self.rm = reward_model.for_run(self.toy, self.base)
             if not (self.folder / "data" / "test.jsonl").exists():
                 common.toy_data(self.toy.out, self.toy.seed)
-        self.score = functools.cache(self.rm.load_scorer)
+        self.scorer = functools.cache(self.rm.load_scorer)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -288,40 +277,48 @@ class World:
         tags = {dt.reward_tag(reward, edges, cfg) for reward in z}
         return sorted({token for tag in tags for token in dt.tag_ids(tag, codec)})
 
-    def answer(self, folder: str, cfg: Any, prompts: list[str], tag: str = "",
-               guidance: float = 0.0) -> list[dict]:
+    def answer(self, folder: str, cfg: Any, prompts: list[str], way: Variant) -> list[dict]:
         """A policy's replies, with the reward model's score and gold."""
         codec, model = common.Codec(folder, cfg), common.load_model(folder, torch.float32)
-        plain, tag_ids = codec.prompts(prompts), dt.tag_ids(tag, codec)
-        said = common.sample(model, [ids + tag_ids for ids in plain], cfg, cfg.seed + 1_000_003,
-                             codec.stop_ids, Cost(), plain, guidance)
-        texts, cut = [codec.decode(r) for r in said], [r.truncated for r in said]
+        plain = codec.prompts(prompts)
+        replies = common.sample(model, [ids + way.tag_ids for ids in plain], cfg,
+                                cfg.seed + 1_000_003, codec.stop_ids, Cost(), plain, way.guidance)
+        texts, cut = [codec.decode(r) for r in replies], [r.truncated for r in replies]
         return [{"prompt": p, "response": t, "truncated": c, "reward": score,
                  "gold": common.gold_reward(p, t, c)}
                 for p, t, c, score in zip(prompts, texts, cut,
-                                          self.score()(prompts, texts, cut, Cost()))]
+                                          self.scorer()(prompts, texts, cut, Cost()))]
 
     def evaluate(self, job: Job, samples: common.Samples, folder: str, cfg: Any) -> list[dict]:
         """A row for each way to ask the policy: gold and z of its replies to held-out prompts."""
-        prompts, rows = repeated(common.split_prompts(cfg, True), self.size.prompts), []
-        for name, z, tag, guidance in ways_to_ask(job.method, samples, cfg):
-            said = self.answer(folder, cfg, prompts, tag, guidance)
-            gold = np.array([r["gold"] for r in said])
-            rows.append({"method": name, "asked": z, "gold": float(gold.mean()),
-                         "gold_error": float(gold.std() / math.sqrt(len(gold))),
-                         "z": float(samples.z([r["reward"] for r in said]).mean())})
+        prompts, rows = repeated(common.split_prompts(cfg, True), self.size.prompts), {}
+        for way in self.ways_to_ask(job.method, samples, cfg):
+            replies = self.answer(folder, cfg, prompts, way)
+            gold = np.array([r["gold"] for r in replies])
+            rows[way.name] = {"method": way.name, "asked": way.target, "gold": float(gold.mean()),
+                              "gold_error": float(gold.std() / math.sqrt(len(gold))),
+                              "z": float(samples.z([r["reward"] for r in replies]).mean())}
         if job.method == "DT":
-            asked, got = zip(*((r["asked"], r["z"]) for r in rows[:len(TARGETS)]))
-            rows[len(TARGETS) - 1]["slope"] = float(np.polyfit(asked, got, 1)[0])  # q99's row
-        return rows
+            asked, got = zip(*((row["asked"], row["z"]) for row in
+                               (rows[f"DT {name}"] for name in SLOPE)))
+            rows["DT q99"]["slope"] = float(np.polyfit(asked, got, 1)[0])
+        return list(rows.values())
+
+    def ways_to_ask(self, method: str, samples: common.Samples, cfg: Any) -> list[Variant]:
+        """The ways to ask a policy; the last is the best."""
+        if method != "DT":
+            return [Variant(method)]
+        codec = common.Codec(self.base.folder, cfg)
+        ways = [dt.ask(name, samples, codec, cfg)._replace(name=f"DT {name}") for name in TARGETS]
+        return ways + [ways[-1]._replace(name="DT guided", guidance=g) for g in cfg.guidance if g]
 
     def second_round(self, job: Job, samples: common.Samples, folder: str) -> list[dict]:
         """Replies of the best policy of a first round, labelled; then the same training, from the
         base policy, on them alone and with the old ones."""
         cfg = self.train(job, samples, f"{folder}/first")
         prompts = repeated(common.split_prompts(cfg, False), job.samples)
-        _, _, tag, guidance = ways_to_ask(job.method, samples, cfg)[-1]
-        new, rows = self.answer(f"{folder}/first", cfg, prompts, tag, guidance), []
+        best = self.ways_to_ask(job.method, samples, cfg)[-1]
+        new, rows = self.answer(f"{folder}/first", cfg, prompts, best), []
         for setting, kept in ("new", new), ("old and new", self.rows(job.samples) + new):
             again = self.read(kept, [row["reward"] for row in kept])
             cfg = self.train(job, again, f"{folder}/{setting}")
@@ -362,18 +359,6 @@ def faster_rows(rows: list[int], times: float) -> Any:
 def repeated(prompts: list, count: int) -> list:
     """So many prompts, each as often as another."""
     return (prompts * math.ceil(count / len(prompts)))[:count]
-
-
-def ways_to_ask(method: str, samples: common.Samples, cfg: Any) -> list[tuple]:
-    """(name, z asked for, tag, guidance) of each; the last is the best."""
-    if method != "DT":
-        return [(method, None, "", 0.0)]
-    scores, edges, ways = samples.z(samples.rewards), dt.bin_edges(samples), []
-    for name in (*TARGETS, *BEYOND):
-        z = dt.target_reward(name, scores)
-        ways.append((f"DT {name}", z, dt.reward_tag(z, edges, cfg), 0.0))
-    best = ways[len(TARGETS) - 1]
-    return ways + [("DT guided", *best[1:3], g) for g in cfg.guidance if g]
 
 
 world = functools.cache(World)
@@ -425,7 +410,7 @@ def begin(scratch: str) -> None:
 
 def work(cfg: Config, jobs: list[Job], file: Path) -> None:
     """Runs the jobs that are not in the file yet; appends each one's rows as it ends."""
-    done = {row["job"] for row in read(file)}
+    done = {row.get("job") for row in read(file)}
     missing = [job for job in jobs if job.key not in done]
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")  # of the workers
     begun, late = time.time(), 0
@@ -450,18 +435,23 @@ def work(cfg: Config, jobs: list[Job], file: Path) -> None:
 
 
 def choose(rows: list[dict], file: Path) -> None:
-    """Writes the learning rate of the highest mean gold for each method, step and sample count."""
-    tuned: dict[str, list] = {}
+    """Writes the learning rate of the highest mean gold for each method, step and sample count, and
+    noise, where all rates have been tried on all seeds."""
+    tuned, rates = {}, sorted({row["lr"] for row in rows})
     for method in list(METHODS)[:5]:
         name = "DT q99" if method == "DT" else method
         for cell in sorted({(r["steps"], r["samples"], r["noise"]) for r in rows}):
             where = {"method": name, **dict(zip(("steps", "samples", "noise"), cell))}
-            gold = {lr: interval(found.values())[0] for lr in sorted({r["lr"] for r in rows})
-                    if (found := by_seed(rows, "gold", lr=lr, **where))}
-            if gold:
+            found = {lr: by_seed(rows, "gold", lr=lr, **where) for lr in rates}
+            gold = {lr: interval(seeds.values())[0] for lr, seeds in found.items()
+                    if len(seeds) == len(TUNING_SEEDS)}
+            if len(gold) == len(rates):
                 tuned.setdefault(method, []).append([*cell, max(gold, key=gold.get)])
-            print(f"{name}, {cell[0]} steps, {cell[1]:,} samples, noise {cell[2]:g}: "
-                  + ", ".join(f"lr {lr:g}: gold {g:.2f}" for lr, g in gold.items()))
+            elif gold:
+                print("not all tried yet, so not chosen from: ", end="")
+            if gold:
+                print(f"{name}, {cell[0]} steps, {cell[1]:,} samples, noise {cell[2]:g}: "
+                      + ", ".join(f"lr {lr:g}: gold {g:.2f}" for lr, g in gold.items()))
     common.write_beside(file, [json.dumps(tuned)])
 
 
@@ -473,7 +463,8 @@ def main(cfg: Config) -> None:
     if cfg.jobs:
         work(cfg, jobs, out / "results.jsonl")
     wanted = {job.key for job in jobs}
-    rows = [row for row in read(out / "results.jsonl") if row["job"] in wanted]
+    rows = [row for row in read(out / "results.jsonl")
+            if row.get("job") in wanted or not cfg.jobs and row["axis"] != "tune"]
     common.require(rows, f"{out}/results.jsonl: no such cells there yet")
     if cfg.tune:
         choose(rows, out / "tuned.json")

@@ -66,7 +66,7 @@ def table(title: str, rows: list[dict], down: str, across: str, value: str = "go
 
 
 def turns(rows: list[dict], x: str) -> str:
-    """Where DT beats the better filter by more than the interval, and where its slope rises."""
+    """Where DT beats both filters by more than the interval, and where its slope rises."""
     def at(method: str, value: str = "gold") -> dict[int, dict[int, float]]:
         found = {v: by_seed(rows, value, method=method, **{x: v})
                  for v in sorted({r[x] for r in rows})}
@@ -75,12 +75,11 @@ def turns(rows: list[dict], x: str) -> str:
     for method in "DT q99", "DT guided":
         ahead = {}
         for v, own in at(method).items():
-            better = max((f[v] for f in filters if v in f), default={},
-                         key=lambda gold: interval(gold.values())[0])
-            lead, half = interval(paired(own, better))
-            ahead[v] = lead > half
-            lines.append(f"- {v:,} {x}: {method} − the better filter "
-                         f"{shown(paired(own, better), '+')}")
+            leads = [paired(own, f[v]) for f in filters if v in f]
+            if leads:
+                ahead[v] = all(mean > half for mean, half in map(interval, leads))
+                least = min(leads, key=lambda lead: interval(lead)[0])
+                lines.append(f"- {v:,} {x}: {method} − the better filter {shown(least, '+')}")
         first = next((v for i, v in enumerate(ahead) if all(list(ahead.values())[i:])), None)
         if ahead:
             lines.append(f"- **{method} " + (f"is ahead of both filters from {first:,} {x} on**"
@@ -105,8 +104,10 @@ STYLES = {"DT q99": ("C3", "o-"), "DT guided": ("C1", "o-"), "DT q95": ("C3", ":
 def of_axis(rows: list[dict], axis: str) -> list[dict]:
     """An axis' rows; those that the axis of steps has already are taken from there."""
     found = [r for r in rows if r["axis"] == axis]
+    if axis == "steps":
+        return found
     at = {r["steps"] for r in found}
-    return found + [r for r in rows if r["axis"] == "steps" != axis and r["steps"] in at]
+    return found + [r for r in rows if r["axis"] == "steps" and r["steps"] in at]
 
 
 def draw(figure: Any, rows: list[dict], x: str) -> None:
