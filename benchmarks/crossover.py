@@ -4,7 +4,7 @@ samples, DT's levers and RWR's, noisier labels, a second round.
     python benchmarks/crossover.py --tune --jobs 2     # learning rates, on seeds 100 and 101
     python benchmarks/crossover.py --jobs 2            # all of it: some hours
     python benchmarks/crossover.py --jobs 16 --deadline_minutes 9   # what matters most comes first
-    python benchmarks/crossover.py --jobs 0            # trains nothing: reports what is there
+    python benchmarks/crossover.py --jobs 0            # trains nothing: reports all that is there
     python benchmarks/crossover.py --mini --out runs/mini --assets runs/mini   # a test, no result
 
 A cell is a run of its own with its own schedule, from its seed's base policy, on one thread.
@@ -26,7 +26,8 @@ give another --out.  table.md goes there, crossover_steps.png and crossover_samp
   defaults.
 - Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch,
   and is left out where there is no second;
-  `tag's embeddings x 10` makes the updates of the tags' embeddings ten times as large.
+  `tag's embeddings x 10` makes the updates of the tags' embeddings ten times as large, which here
+  are their rows of the head too.
 """
 from __future__ import annotations
 
