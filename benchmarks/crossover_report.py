@@ -117,8 +117,8 @@ def draw(figure: Any, rows: list[dict], x: str) -> None:
     ticks = sorted({r[x] for r in rows if r[x]})
     for axis, value, name in [(left, "gold", n) for n in STYLES] + [(right, "slope", "DT q99")]:
         at = sorted({r[x] for r in rows if r["method"] == name})
-        if not at:
-            continue
+        if len(at) < 2:
+            continue  # no line to draw
         mean, half = np.array([interval(by_seed(rows, value, method=name, **{x: v}).values())
                                for v in at]).T
         color, style = STYLES[name]
@@ -130,6 +130,7 @@ def draw(figure: Any, rows: list[dict], x: str) -> None:
         axis.set_xticks([], minor=True)
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
     left.legend(fontsize=7, ncols=2)
+    right.set_ylim(-0.1, 1.1)
     figure.supxlabel(CAPTIONS[x], fontsize=9)
 
 
