@@ -2895,6 +2895,8 @@ def test_the_crossover_takes_the_best_rate_of_what_was_tried_on_all_seeds(tmp_pa
     tuned = common.read_record(tmp_path / "tuned.json")
     assert [crossover.learning_rate("DT", steps, 10_000, noise, tuned)
             for steps, noise in ((20, 0.0), (2_000, 0.0), (600, 1.0))] == [1e-2, 1e-3, 1e-2]
+    cells = [{**row, "axis": "tune", "setting": ""} for row in rows]
+    assert crossover.latest(cells) == [row for row in cells if row["lr"] == 1e-2]
 
 
 def test_the_crossovers_own_levers_do_what_they_say(codec, run, monkeypatch):

@@ -4,7 +4,7 @@ samples, DT's levers and RWR's, noisier labels, a second round.
     python benchmarks/crossover.py --tune --jobs 2     # learning rates, on seeds 100 and 101
     python benchmarks/crossover.py --jobs 2            # all of it: some hours
     python benchmarks/crossover.py --jobs 16 --deadline_minutes 9   # what matters most comes first
-    python benchmarks/crossover.py --jobs 0            # trains nothing: reports all that is there
+    python benchmarks/crossover.py --jobs 0            # trains nothing: reports what is there
     python benchmarks/crossover.py --mini --out runs/mini --assets runs/mini   # a test, no result
 
 A cell is a run of its own with its own schedule, from its seed's base policy, on one thread.
@@ -21,8 +21,8 @@ give another --out.  table.md goes there, crossover_steps.png and crossover_samp
 - Slope: least squares of the mean score got on the z asked for, both in the labels' z, over DT's
   unguided targets.  With noise of sd s even a perfect reader of the tag has 1 / (1 + s^2).
 - Learning rates: --tune tries the same five for each method at each of three step counts, at few
-  samples and at much noise, and takes the highest mean gold (DT's at q99); `random` takes
-  filtering's.  Other cells take the nearest one's; without tuned.json all are the scripts'
+  samples and (but for SFT) at much noise, and takes the highest mean gold (DT's at q99); `random`
+  takes filtering's.  Other cells take the nearest one's; without tuned.json all are the scripts'
   defaults.
 - Levers of DT that the script does not have: `late dropout` keeps every tag in the first epoch,
   and is left out where there is no second;
@@ -445,7 +445,7 @@ def choose(rows: list[dict], file: Path) -> None:
             where = {"method": name, **dict(zip(("steps", "samples", "noise"), cell))}
             found = {lr: by_seed(rows, "gold", lr=lr, **where) for lr in rates}
             gold = {lr: interval(seeds.values())[0] for lr, seeds in found.items()
-                    if len(seeds) == len(TUNING_SEEDS)}
+                    if set(seeds) == set(TUNING_SEEDS)}
             if len(gold) == len(rates):
                 tuned.setdefault(method, []).append([*cell, max(gold, key=gold.get)])
             elif gold:
@@ -454,6 +454,12 @@ def choose(rows: list[dict], file: Path) -> None:
                 print(f"{name}, {cell[0]} steps, {cell[1]:,} samples, noise {cell[2]:g}: "
                       + ", ".join(f"lr {lr:g}: gold {g:.2f}" for lr, g in gold.items()))
     common.write_beside(file, [json.dumps(tuned)])
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """A row for each cell: the last, where its learning rate has been chosen anew."""
+    cell = ("axis", "seed", "method", "steps", "samples", "noise", "setting")
+    return list({tuple(row[name] for name in cell): row for row in rows}.values())
 
 
 def main(cfg: Config) -> None:
@@ -465,12 +471,13 @@ def main(cfg: Config) -> None:
         work(cfg, jobs, out / "results.jsonl")
     wanted = {job.key for job in jobs}
     rows = [row for row in read(out / "results.jsonl")
-            if row.get("job") in wanted or not cfg.jobs and row["axis"] != "tune"]
+            if row.get("job") in wanted or not (cfg.jobs or cfg.tune)
+            and row["axis"] != "tune" and row["seed"] in cfg.seeds]
     common.require(rows, f"{out}/results.jsonl: no such cells there yet")
     if cfg.tune:
         choose(rows, out / "tuned.json")
     else:
-        report(rows, out, Path(cfg.assets))
+        report(latest(rows), out, Path(cfg.assets))
 
 
 if __name__ == "__main__":
