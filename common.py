@@ -1,11 +1,8 @@
-"""Everything the trainers share and no algorithm is about.
+"""What the trainers share and no algorithm is about.  Banners divide it into rooms.
 
-Rooms, in reading order: process group, config, stages, tokenizer, data, batches, packed attention,
-models, fused head loss, sampler, labelled samples, evaluation, training run, toy world.
-
-Terms: *policy*, the language model that is trained; *base policy*, what it starts from and the
-reference of every KL; *sample*, a (prompt, response, reward); *z*, a reward standardised over the
-labelled samples; *response mask*, the tokens a loss is taken over; *entry*, a row of a data file;
+Terms: *policy*, the language model that is trained; *base policy*, the model it starts from and the
+reference of every KL; *sample*, a (prompt, response, reward); *z*, a reward in standard deviations
+from the mean of the labelled samples; *response mask*, the tokens that the loss is taken over;
 *prompt*, text, or chat messages for the tokenizer's chat template.  Shapes: T tokens of packed
 sequences, N rows (positions that predict a response token), D hidden width, V vocabulary, R lanes
 of the sampler's cache.
@@ -13,31 +10,26 @@ of the sampler's cache.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
-import glob
 import gzip
 import hashlib
+import importlib.util
+import inspect
 import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
 import shutil
-import signal
 import sys
-import threading
 import time
 import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple, Optional
 
@@ -54,7 +46,7 @@ from tqdm import tqdm
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message is the one sentence that says so."""
+    """Input that cannot be used; the message is the one sentence that the user reads."""
 
 
 def require(condition: Any, otherwise: str) -> None:
@@ -64,12 +56,12 @@ def require(condition: Any, otherwise: str) -> None:
 
 
 def rank() -> int:
-    """This process's number, 0 without torchrun."""
+    """This process's number; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes train together, 1 without torchrun."""
+    """How many processes train together; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -80,15 +72,10 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def printable(text: Any) -> str:
-    """The text, control characters as escapes: data could command the terminal with them."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(text))
-
-
 def print0(*args: Any) -> None:
     """print, on rank 0 alone."""
     if rank() == 0:
-        print(*map(printable, args), flush=True)
+        print(*args, flush=True)
 
 
 print_once = functools.cache(print0)  # each line once in a process
@@ -117,91 +104,66 @@ def gather(value: Any) -> list:
 
 
 def gather_by_index(local: dict[int, Any], total: int) -> list:
-    """What the ranks found, each under its index, in order, on every rank."""
-    found = {i: value for share in gather(local) for i, value in share.items()}
-    return [found[i] for i in range(total)]
+    """The ranks' values, each stored under its index, in order, on every rank."""
+    values = {i: value for share in gather(local) for i, value in share.items()}
+    return [values[i] for i in range(total)]
 
 
-def progress(items: Optional[Iterable], what: str, **more: Any) -> tqdm:
+def progress(items: Optional[Iterable], what: str, **options: Any) -> tqdm:
     """A tqdm bar on rank 0; where stderr is no terminal, a line every 15 s at most."""
     return tqdm(items, desc=what, disable=rank() != 0, leave=False, dynamic_ncols=True, delay=1,
-                mininterval=0.3 if sys.stderr.isatty() else 15, **more)
+                mininterval=0.3 if sys.stderr.isatty() else 15, **options)
 
 
 def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None:
-    """Runs main(cfg) in a process group; what goes wrong becomes one sentence and a status.
+    """Runs main(cfg) in a process group, cfg of this kind from the command line.
 
-    Status 2: input that cannot be used, or a full disk.  130: Ctrl-C, finished stages stay.
+    Bad input and errors of the operating system end in one sentence and status 2, Ctrl-C in 130.
     """
-    with contextlib.suppress(AttributeError):  # a stream that is closed
-        for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal shows escapes
     status = 2
     try:
         cfg = parse(kind, args)
         quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
-        if not cfg.compile:
-            torch.compiler.set_stance("force_eager")
         if world_size() > 1:
-            gpu, timeout = device().type == "cuda", timedelta(minutes=cfg.dist_timeout_minutes)
+            gpu = device().type == "cuda"
             if gpu:
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if gpu else "gloo", timeout=timeout)
-        with locked(Path(cfg.out)) if rank() == 0 else contextlib.nullcontext():
-            hashes = Path(cfg.out, ".hashes.json")
-            HASHES.update(read_record(hashes))
-            seen = gather(fingerprint({**asdict(cfg), **settings(cfg, *STAGES)}))
-            require(len(set(seen)) == 1, "the ranks were started with other flags, or see other "
-                    "files, than one another: they must all read the same data")
-            if rank() == 0:
-                write_beside(hashes, [json.dumps(HASHES)])
+            dist.init_process_group("nccl" if gpu else "gloo")
+        require(len(set(gather(fingerprint(asdict(cfg))))) == 1,
+                "the ranks were started with different flags")
+        with lock_run(Path(cfg.out)) if rank() == 0 else contextlib.nullcontext():
             main(cfg)
         if dist.is_initialized():
             gc.collect()  # sharded models are cycles that hold the group
             dist.destroy_process_group()
         return
-    except BadInput as found:
-        problem = str(found)
+    except BadInput as problem:
+        message = str(problem)
     except KeyboardInterrupt:
-        problem, status = "interrupted; finished stages are kept, the same command goes on", 130
-    except Exception as found:
-        if os_problem(found) is None:
-            raise
-        problem = f"{os_problem(found)}; what was there before is untouched"
-    name = f"{Path(sys.argv[0]).name}: " + (f"rank {rank()}: " if rank() else "")
-    print(name + printable(problem), file=sys.stderr)
+        message, status = "interrupted; the same command resumes", 130
+    except OSError as problem:
+        message = f"{' '.join(str(problem).split())}; what was there before is untouched"
+    script = Path(sys.argv[0]).name + (f", rank {rank()}" if rank() else "")
+    print(f"{script}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
-def os_problem(problem: Exception) -> Optional[str]:
-    """What the operating system complained of, also where a library wrapped it; else None."""
-    full = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "inline_container"  # torch's
-    if isinstance(problem, OSError) and problem.errno or any(sign in str(problem) for sign in full):
-        return " ".join(str(problem).split())
-    return None
-
-
-def locked(folder: Path) -> Any:
-    """A file that holds the run's folder while it is open.  Raises BadInput naming another holder.
-    """
+def lock_run(folder: Path) -> Any:
+    """An open file that keeps other processes from running in the folder."""
     import fcntl
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as problem:
-        file.seek(0)
-        raise BadInput(f"{folder}: another run is at work there ({file.read()})") from problem
-    except OSError:  # Lustre without -o flock, NFS without lockd
-        print0(f"warning: {folder} cannot be locked: start no second run into it")
-    file.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    file = open(folder / ".lock", "w")
+    with contextlib.suppress(OSError):  # of a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise BadInput(f"{folder}: another run is at work there") from problem
     return file
 
 
 def quieten_libraries() -> None:
-    """Their bars and reports would drown the trainers' own lines; their errors stay."""
+    """Turns off transformers' progress bars and reports; its errors stay."""
     from transformers.utils import logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -212,371 +174,357 @@ def quieten_libraries() -> None:
 # ----------------------------------------------------------------------------------------- config
 # One dataclass holds the shared flags; each script inherits it and adds its algorithm's own.
 
-STAGES = ("data", "samples", "training", "evaluation")  # "data": every stage depends on it
+TOY = {"out": "runs/toy", "max_prompt_tokens": 64, "max_response_tokens": 64, "batch_size": 32,
+       "micro_batch_tokens": 16384, "samples_per_prompt": 9, "eval_prompts": 512, "dtype": "fp32"}
 
 
-class Help(str):
-    """A flag's help, which carries what HfArgumentParser has no field for: toy, stage, within."""
-
-
-def flag(default: Any, help: str, within: Optional[str] = None, toy: Any = None,
-         stage: str = "runtime") -> Any:
-    """A flag: the interval `within` which it must lie, its default in the toy world, and the first
-    stage that depends on it, one of STAGES; on "runtime" none does."""
-    text = Help((help + ("" if toy is None else f" [toy world: {toy}]")).replace("%", "%%"))
-    text.toy, text.stage, text.within = toy, stage, within
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a command-line flag."""
+    metadata = {"help": help.replace("%", "%%")}
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Config:
     """The flags that every script shares."""
-    out: str = flag("runs/model", "the run's folder", toy="runs/toy")
-    model: Optional[str] = flag(None, "base policy: folder or Hub id [toy world]", stage="data")
-    preferences: Optional[str] = flag(
-        None, "chosen and rejected, or ranked: file, folder, Hub id", stage="data")
-    max_pairs: Optional[int] = flag(None, "preferences used, at most", "[1, inf)", stage="data")
-    held_out: float = flag(
-        0.1, "share of prompts held out, unless the data have a test split", "(0, 1)", stage="data")
-    max_prompt_tokens: int = flag(
-        1024, "longer prompts lose old turns, or their start", "[1, inf)", toy=64, stage="data")
-    max_response_tokens: int = flag(
-        1024, "longer responses are cut, and then carry no EOS", "[1, inf)", toy=64, stage="data")
-    rendered_text: bool = flag(
-        False, "texts hold the chat template's special tokens: read them as such", stage="data")
-    train_on: Literal["last_turn", "all_assistant_turns"] = flag(
-        "last_turn", "which turns of `messages` carry the loss", stage="data")
-    seed: int = flag(0, "of all that is drawn", "[0, 4294967295]", stage="data")
-    responses: Optional[str] = flag(None, "label these: prompt and response", stage="samples")
-    prompts: Optional[str] = flag(None, "generate for these: prompt", stage="samples")
+    out: str = flag("runs/model", "folder of the run")
+    model: Optional[str] = flag(None, "base policy: folder or Hub id; omitted: the toy world")
+    preferences: Optional[str] = flag(None, "chosen and rejected: file, folder or Hub id")
     samples: Optional[str] = flag(
-        None, "train on these: prompt, response, reward", stage="samples")
+        None, "prompt, response, reward: file, folder or Hub id; a missing response is generated "
+        "by the base policy, a missing reward is scored by the reward model")
+    columns: list[str] = flag([], "the data's column names, ours=theirs: prompt=question; "
+                              "prompt=instruction+input joins two by a blank line")
     reward_model: Optional[str] = flag(
-        None, "sequence classifier: score with it, train none", stage="samples")
-    sources: Literal["dataset+generated", "dataset", "generated"] = flag(
-        "dataset+generated", "which responses are labelled", stage="samples")
-    samples_per_prompt: int = flag(1, "generated responses", "[1, inf)", toy=9, stage="samples")
-    temperature: float = flag(1.0, "of all sampling; 0: greedy", "[0, 1000]", stage="samples")
-    top_p: float = flag(1.0, "nucleus sampling", "[0.000001, 1]", stage="samples")
-    judge: Optional[str] = flag(
-        None, "a reward model that training never sees: it scores `gold`", stage="evaluation")
-    eval_prompts: int = flag(
-        256, "held-out prompts to evaluate on; 0: none", "[0, inf)", toy=512, stage="evaluation")
-    lr: float = flag(
-        1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]", stage="training")
-    epochs: int = flag(1, "passes over the training examples", "[1, inf)", stage="training")
-    steps: Optional[int] = flag(
-        None, "optimiser steps, in place of --epochs", "[1, inf)", stage="training")
-    batch_size: int = flag(
-        128, "sequences per step, all ranks together", "[1, inf)", toy=32, stage="training")
-    micro_batch_tokens: Optional[int] = flag(
-        None, "of a forward, for memory [CPU: 8,192; GPU: what fits]", "[1, inf)", toy=16384)
-    slots: Optional[int] = flag(
-        None, "responses sampled at a time [CPU: 64; GPU: what fits, at most 512]", "[1, inf)")
+        None, "a sequence classifier's folder or Hub id, or FILE.py:FUNCTION, a function "
+        "(prompts, responses) -> scores; omitted: trained on --preferences")
+    judge: Optional[str] = flag(None, "the same, to score `gold` in evaluation alone")
+    held_out: float = flag(0.1, "share of prompts held out, unless the data have a test split")
+    max_prompt_tokens: int = flag(1024, "longer prompts are left out")
+    max_response_tokens: int = flag(1024, "longer responses are cut and taught without an end")
+    samples_per_prompt: int = flag(1, "responses generated to a prompt that has none")
+    temperature: float = flag(1.0, "sampling temperature of labelled samples and PPO's rollouts")
+    eval_temperature: float = flag(1.0, "sampling temperature of evaluation; 0: greedy")
+    eval_prompts: int = flag(256, "held-out prompts to evaluate on; 0: no evaluation")
+    seed: int = flag(0, "random seed")
+    lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0")
+    epochs: int = flag(1, "passes over the training examples")
+    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs")
+    batch_size: int = flag(128, "sequences per optimiser step, all ranks together")
+    micro_batch_tokens: int = flag(8192, "maximum tokens per forward pass; lower it if memory runs "
+                                   "out, raise it on a large GPU")
     dtype: Literal["auto", "bf16", "fp32"] = flag(
-        "auto", "of matrix products; auto: bf16 where the hardware has it", toy="fp32")
-    compile: bool = flag(True, "torch.compile the loss kernels, and on a GPU the model's blocks")
+        "auto", "compute dtype; auto: bf16 where the hardware supports it")
     sharding: Literal["ddp", "fsdp"] = flag(
-        "ddp", "fsdp: weights, gradients and optimiser spread over the ranks (FSDP2)")
-    save_every: Optional[int] = flag(
-        None, "steps between checkpoints; 0: none [a tenth of the run, at most 500]", "[0, inf)")
-    resume: bool = flag(True, "go on from the last checkpoint; --no_resume starts the stage again")
-    dist_timeout_minutes: int = flag(10, "how long a rank waits for another", "[1, inf)")
+        "ddp", "fsdp: weights, gradients and optimiser state spread over the ranks (FSDP2)")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward, for memory")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = flag(
-        "none", "where the metrics go beside metrics.jsonl")
+    save_every: Optional[int] = flag(
+        None, "steps between checkpoints; 0: none; omitted: a tenth of the run, at most 500")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker that gets the metrics, beside metrics.jsonl")
+
+    evaluation_flags = ()  # those of a script's own flags that its training does not depend on
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value, interval = getattr(self, f.name), f.metadata["help"].within
-            for v in value if isinstance(value, list) else [value]:
-                require(v is None or interval is None or lies_in(interval, v),
-                        f"--{f.name} must lie in {interval}, not {v}")
-        require(self.temperature == 0 or self.temperature >= 1e-3,
-                f"--temperature is 0, for greedy, or at least 0.001, not {self.temperature}")
-        data = [f"--{name}" for name in ("preferences", "samples", "responses", "prompts")
-                if getattr(self, name)]
-        require(self.model or not data, f"{', '.join(data)}: needs --model, a folder or Hub id")
-        require(self.max_pairs is None or self.toy or self.preferences,
-                "--max_pairs counts --preferences, and there are none")
-        require(self.eval_prompts or not self.judge, "--judge has nothing to score with "
-                "--eval_prompts 0")
-        require(not (self.samples and self.responses), "--samples are labelled, --responses are "
-                "not: give one of them")
-        require(self.toy or self.preferences or self.samples or data and self.reward_model,
-                "--model needs data: --preferences, or --samples, or --prompts or --responses with "
-                "--reward_model")
-
-    @property
-    def forward_tokens(self) -> int:
-        """Tokens that a forward may hold: --micro_batch_tokens, or 8,192 while it has no value."""
-        return self.micro_batch_tokens or 8192
+        for name, least in {
+                "max_prompt_tokens": 1, "max_response_tokens": 1, "samples_per_prompt": 0,
+                "eval_prompts": 0, "seed": 0, "epochs": 1, "steps": 1, "batch_size": 1,
+                "micro_batch_tokens": 1, "save_every": 0}.items():
+            value = getattr(self, name)
+            require(value is None or least <= value < 2**32,
+                    f"--{name} must be a number from {least} on, not {value}")
+        require(0 < self.held_out < 1, f"--held_out must lie in (0, 1), not {self.held_out}")
+        require(0 < self.lr <= 1000, f"--lr must lie in (0, 1000], not {self.lr}")
+        for value in (self.temperature, self.eval_temperature):
+            require(value == 0 or 1e-3 <= value <= 1000,
+                    f"a temperature is 0 (greedy) or lies in [0.001, 1000], not {value}")
+        require(self.model or not (self.preferences or self.samples),
+                "--preferences and --samples need --model, a folder or Hub id")
+        require(self.toy or self.preferences or self.samples,
+                "--model needs data: --preferences or --samples")
+        require(self.eval_prompts or not self.judge,
+                "--judge has nothing to score with --eval_prompts 0")
+        column_names(self.columns)
 
     @property
     def toy(self) -> bool:
-        """Whether the embedded toy world is meant."""
+        """Whether the run is in the embedded toy world."""
         return self.model is None
 
-
-def lies_in(interval: str, value: float) -> bool:
-    """Whether "[1, inf)", say, contains the value."""
-    low, high = map(float, interval[1:-1].split(","))
-    return (low < value or interval[0] == "[" and low == value) and (
-        value < high or interval[-1] == "]" and value == high)
-
-
-OTHER_NAMES = {  # TRL's flags -> ours
-    "learning_rate": "lr", "num_train_epochs": "epochs", "max_steps": "steps", "output_dir": "out",
-    "model_name_or_path": "model", "dataset_name": "preferences", "save_steps": "save_every",
-    "bf16": "dtype bf16", "max_prompt_length": "max_prompt_tokens",
-    "max_completion_length": "max_response_tokens",
-    "max_length": "max_prompt_tokens and --max_response_tokens",
-    "per_device_train_batch_size": "batch_size (sequences a step, all ranks together)",
-    "gradient_accumulation_steps": "micro_batch_tokens (accumulation follows from it)"}
+    def training_flags(self) -> dict:
+        """The flags that a trained policy depends on: learning rate, steps and the script's own."""
+        shared = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
+        return {f.name: getattr(self, f.name) for f in fields(self)
+                if f.name not in shared and f.name not in self.evaluation_flags}
 
 
 def parse(kind: type, args: Optional[list[str]] = None) -> Any:
-    """The command line, after --config's YAML file, as this kind of config."""
+    """The command line, after --config's YAML file, as a config of this kind.
+
+    Raises BadInput for unknown flags and values out of range.
+    """
     from transformers import HfArgumentParser
 
-    def wrong_flag(message: str) -> None:
+    def refuse(message: str) -> None:
         raise BadInput(message)
-    about = (sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0]
-    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
-    parser.add_argument("--config", help="YAML file of flags; those of the command line win")
-    parser.error = wrong_flag
+    module = sys.modules[kind.__module__]
+    parser = HfArgumentParser(kind, allow_abbrev=False,
+                              description=(module.__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", help="YAML file of flags; the command line wins")
+    parser.error = refuse
     args = sys.argv[1:] if args is None else args
+    given, length = flag_names(args), {"epochs", "steps"}
+    require(not length <= given, "--epochs and --steps: give one of them")
     file = parser.parse_known_args(args)[0].config
-    require(len({a.split("=")[0] for a in args} & {"--epochs", "--steps"}) < 2,
-            "--epochs and --steps: give one of them")
-    args = (yaml_flags(file) if file else []) + args
-    names = {a.split("=")[0].removeprefix("--") for a in args if a.startswith("--")}
-    for name in names & OTHER_NAMES.keys():
-        raise BadInput(f"--{name}: here it is --{OTHER_NAMES[name]}")
-    if not names & {"model", "preferences"}:
-        parser.set_defaults(**toy_defaults(kind))
-    if "epochs" in names:
-        parser.set_defaults(steps=None)  # the toy world's steps would win
+    if file:
+        args = yaml_flags(file, given | length if given & length else given) + args
+    names = flag_names(args)
+    if "model" not in names:
+        parser.set_defaults(**TOY | module.TOY)
+    if "epochs" in names and "steps" not in names:
+        parser.set_defaults(steps=None)  # in place of the toy world's default
     cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     require(not unknown, f"unknown flag or value {' '.join(unknown)}; --help lists all flags")
     return cfg
 
 
-def yaml_flags(path: str) -> list[str]:
-    """The flags in a YAML file, as a command line."""
+def flag_names(args: list[str]) -> set[str]:
+    """The names of the flags in a command line."""
+    return {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
+
+
+def yaml_flags(path: str, replaced: set[str]) -> list[str]:
+    """The flags in a YAML file as a command line, without those that the real one replaces."""
     import yaml
     try:
         flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeError, yaml.YAMLError) as problem:
         raise BadInput(f"--config {path}: {' '.join(str(problem).split())}") from problem
-    require(isinstance(flags, dict) and "config" not in flags,
-            f"--config {path}: must hold lines of `flag: value`, and name no other file")
-    return [text for name, value in flags.items() if value is not None
-            for text in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
-
-
-def toy_defaults(kind: type) -> dict:
-    """The defaults of this kind of config that differ in the toy world."""
-    toy = {f.name: f.metadata["help"].toy for f in fields(kind)}
-    return {name: value for name, value in toy.items() if value is not None}
+    require(isinstance(flags, dict), f"--config {path}: must hold lines of `flag: value`")
+    args = []
+    for name, value in flags.items():
+        if name not in replaced and value is not None:
+            args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return args
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
-    """The dtype of matrix products: bf16 where asked for, or where hardware multiplies in it."""
-    native = (torch.cuda.is_bf16_supported(including_emulation=False)
-              if device().type == "cuda" else torch.cpu._is_avx512_bf16_supported())
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and native
+    """The dtype of matrix products: bf16 where asked for, or where the hardware supports it."""
+    if device().type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and native)
     return torch.bfloat16 if bf16 else torch.float32
 
 
 # ----------------------------------------------------------------------------------------- stages
-# A run is a chain of stages.  Each leaves a record (run.json) of the settings it was built with,
-# and is not built again while they match.  Everything is written beside, synced and renamed: after
-# a kill at any moment the same command goes on.
-
-
-class Stage(NamedTuple):
-    """A finished stage: its folder (or Hub id), what identifies it, what it cost.
-
-    A reward model's load_scorer() loads it, and returns score(prompts, responses, truncated, cost).
-    """
-    folder: str
-    fingerprint: str
-    cost: Cost
-    load_scorer: Optional[Callable] = None
+# A run is a chain of stages: base policy, reward model, labelled samples, policy.  Each leaves a
+# record of the settings that it depends on.  A finished stage is used again, or refused if it was
+# made with other settings; only the policy of the script itself is trained anew.  Everything is
+# written beside its place and renamed: after a kill the same command goes on.
 
 
 @dataclass
 class Cost:
-    """Seconds; of all ranks together FLOPs and sampled tokens; the peak memory of the largest."""
+    """Seconds, and the FLOPs of all ranks together."""
     seconds: float = 0.0
     flops: float = 0.0
-    generated_tokens: int = 0
-    peak_memory_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.seconds + other.seconds, self.flops + other.flops,
-                    self.generated_tokens + other.generated_tokens,
-                    max(self.peak_memory_bytes, other.peak_memory_bytes))
+        return Cost(self.seconds + other.seconds, self.flops + other.flops)
 
-    def add_forward(self, model: Any, tokens: int, pairs: int, rows: int, passes: int = 1) -> None:
-        """Adds a call of the model: 2 FLOPs for a weight and token (of the head: and row), 4 for a
-        layer, pair of tokens that attend and unit of width; with backward it is 3 passes.  (Kaplan
-        et al. 2020, arXiv 2001.08361, section 2.1.)"""
-        body, shape = model.base_model, model.config.get_text_config()
-        embedding, head = body.get_input_embeddings().weight, model.get_output_embeddings()
-        weights = sum(p.numel() for p in body.parameters()) - embedding.numel()
-        self.flops += passes * (2 * weights * tokens
-                                + 4 * shape.num_hidden_layers * shape.hidden_size * pairs
-                                + (2 * head.weight.numel() * rows if head is not None else 0))
+    def add_forward(self, model: Any, tokens: int, passes: int = 1) -> None:
+        """Adds 2 FLOPs for each token and weight outside the embedding; training is 3 passes.
+        (Kaplan et al. 2020, arXiv 2001.08361, section 2.1.)"""
+        if not hasattr(model, "weights_outside_embedding"):
+            weights = sum(p.numel() for p in model.parameters())
+            embedding = model.get_input_embeddings().weight.numel()
+            model.weights_outside_embedding = weights - embedding
+        self.flops += passes * 2 * model.weights_outside_embedding * tokens
 
 
 @contextlib.contextmanager
 def track_cost() -> Iterator[Cost]:
     """Yields a Cost that the block's work adds to; at the end it holds all ranks' together."""
-    cost, start, gpu = Cost(), time.perf_counter(), torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
+    cost, start = Cost(), time.perf_counter()
     yield cost
     cost.seconds += time.perf_counter() - start
-    peak = (torch.cuda.max_memory_allocated() if gpu else  # else since the process began
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    flops, tokens, peaks = zip(*gather((cost.flops, cost.generated_tokens, peak)))
-    cost.flops, cost.generated_tokens, cost.peak_memory_bytes = sum(flops), sum(tokens), max(peaks)
+    cost.flops, = sum_over_ranks(cost.flops)
 
 
-def build_stage(cfg: Config, name: str, wanted: dict, make: Callable[[Path, Cost], Any]) -> Stage:
-    """The stage in the folder `name` of the run, from before, or built by make(folder, cost).
+@dataclass
+class Stage:
+    """A step of a run: where its result is, all that it depends on, how to make and to load it.
 
-    make returns what else its record holds, or a function that finds it and costs nothing.  Raises
-    BadInput over checkpoints of other settings: --no_resume alone deletes unfinished work.
+    `path` is a folder, samples.jsonl, or what the user gave (then make is None).  make(work, cost)
+    writes the result beside its place and returns what else its record holds.  `shared` stages
+    serve other scripts as well, and are never replaced.
     """
-    folder = Path(cfg.out, name).resolve()
-    work = folder.with_name(f".{folder.name}.new")
-    put_in_place(work, folder)  # where a kill came between
-    if not is_fresh(name, folder / "run.json", wanted):
-        require(not folder.exists() or (folder / "run.json").exists() or not os.listdir(folder),
-                f"{folder}: holds what is no stage of a run; move it away or give another --out")
-        begun = read_record(work / "run.json").get("settings", {})
-        changed = [setting for setting in wanted if begun.get(setting) != wanted[setting]]
-        require(not (cfg.resume and changed and checkpoints_in(work)), f"{work}: holds checkpoints "
-                f"of a run with another {', '.join(changed)}; give that run's flags to go on with "
-                "it, --no_resume to start anew, or another --out")
-        barrier()
-        if rank() == 0:
-            if changed or not cfg.resume:
-                shutil.rmtree(work, ignore_errors=True)
-            write_beside(work / "run.json", [json.dumps({"settings": wanted})])
-        barrier()
-        torch.manual_seed(cfg.seed)
-        try:
-            with track_cost() as cost:
-                more = make(work, cost)
-            gc.collect()  # sharded models are cycles, and the next stage needs the memory
-            more = more() if callable(more) else more or {}
-        except BaseException:
-            if rank() == 0 and not checkpoints_in(work):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        for path in filter(Path.is_file, [*work.iterdir()] if rank() == 0 else []):
-            if path.name.startswith(".tmp"):  # a kill came while weights were written
-                path.unlink()
-                continue
-            shutil.copymode(work / "run.json", path)  # safetensors writes for its owner alone
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        write_record(work / "run.json", wanted, cost, **more)
-        put_in_place(work, folder)
-    record = read_record(folder / "run.json")
-    cost = Cost(**{f.name: record.get("cost", {}).get(f.name, 0) for f in fields(Cost)})
-    return Stage(os.path.join(cfg.out, name), fingerprint(record["settings"]), cost)
+    path: str
+    settings: dict
+    make: Optional[Callable[[Path, Cost], Optional[dict]]] = None
+    load: Optional[Callable[[], Any]] = None
+    shared: bool = True
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.settings)
+
+    @property
+    def work(self) -> Path:
+        """Where it is made: the folder .dt, or the file .samples.jsonl."""
+        return Path(self.path).with_name("." + Path(self.path).name)
+
+    @property
+    def cost(self) -> Cost:
+        """What it took to make; nothing for what the user gave."""
+        return Cost(**read_record(record_of(self.path)).get("cost", {})) if self.make else Cost()
 
 
-def put_in_place(work: Path, folder: Path) -> None:
-    """Replaces a stage's folder by what is finished, and so has a cost; called again after a kill,
-    it ends what it began."""
-    if rank() == 0 and "cost" in read_record(work / "run.json"):
-        for scratch in ("checkpoints", "tokens"):
-            shutil.rmtree(work / scratch, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        work.rename(folder)
+def record_of(result: Any) -> Path:
+    """Where the record of a result is, finished or not."""
+    path = Path(result)
+    return path.with_suffix(".json") if path.suffix == ".jsonl" else path / "run.json"
+
+
+def build_stages(cfg: Config, *stages: Optional[Stage]) -> None:
+    """Makes the stages that do not exist yet, in order.
+
+    Raises BadInput, before anything is made, over finished or unfinished work of other settings
+    that would have to go.
+    """
+    to_make = []
+    for stage in stages:
+        if stage and stage.make:
+            put_in_place(stage)  # where a kill came between
+            if not is_finished(stage):
+                to_make.append(stage)
+    for stage in to_make:
+        build_stage(cfg, stage)
+
+
+def is_finished(stage: Stage) -> bool:
+    """Whether the stage's result exists, made with the same settings; says so.
+
+    Raises BadInput if something that may not be replaced is in its place.
+    """
+    path, name = Path(stage.path), Path(stage.path).stem
+    record = read_record(record_of(path))
+    if path.exists() and record.get("settings") == stage.settings:
+        print0(f"{name}: {path}, from before")
+        return True
+    if path.exists():
+        require(record, f"{path}: exists, and no run made it; move it, or give another --out")
+        changes = differences(record["settings"], stage.settings)
+        require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
+                f"--out, or delete it to make it anew")
+        print0(f"{name}: trained anew, because {changes}")
+    else:
+        print0(f"{name}: to be made")
+    begun = read_record(record_of(stage.work)).get("settings")
+    valuable = checkpoints_in(stage.work) if path.suffix == "" else stage.work.exists()
+    require(not valuable or begun == stage.settings, f"{stage.work}: holds unfinished work of "
+            f"other settings: {differences(begun or {}, stage.settings)}; give its settings to "
+            "finish it, another --out, or delete it")
+    return False
+
+
+def differences(before: dict, now: dict) -> str:
+    """Each setting that differs, with both values."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
+
+
+def build_stage(cfg: Config, stage: Stage) -> None:
+    """Makes a stage, or goes on with what a kill has left of it, and puts it in its place."""
+    record = record_of(stage.work)
+    barrier()
+    if rank() == 0 and read_record(record).get("settings") != stage.settings:
+        shutil.rmtree(stage.work, ignore_errors=True)  # without a checkpoint, so of no value
+        write_beside(record, [json.dumps({"settings": stage.settings})])
+    barrier()
+    torch.manual_seed(cfg.seed)
+    with track_cost() as cost:
+        extra = stage.make(stage.work, cost) or {}
+    gc.collect()  # sharded models are cycles, and the next stage needs the memory
+    if rank() == 0:
+        finished = {"settings": stage.settings, "cost": asdict(cost), **extra}
+        write_beside(record, [json.dumps(finished, indent=1)])
+    barrier()
+    put_in_place(stage)
+
+
+def put_in_place(stage: Stage) -> None:
+    """Moves finished work, whose record has a cost, into its place; called again after a kill, it
+    ends what it began."""
+    path, record = Path(stage.path), record_of(stage.work)
+    if rank() == 0 and "cost" in read_record(record):
+        if path.suffix == ".jsonl":
+            if stage.work.exists():
+                stage.work.replace(path)
+            record.replace(record_of(path))
+        else:
+            for scratch in ("checkpoints", "tokens"):
+                shutil.rmtree(stage.work / scratch, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            stage.work.rename(path)
     barrier()
 
 
-def is_fresh(stage: str, record: Path, wanted: dict) -> bool:
-    """Whether the stage was built with the wanted settings (of JSON's types); says what changed."""
-    built = read_record(record).get("settings")
-    changes = [f"{name} ({built.get(name)} -> {value})" for name, value in wanted.items()
-               if built and built.get(name) != value]
-    state = f"{os.path.relpath(record.parent)}, from before" if built else "to be built"
-    print0(f"{stage}: " + (f"built again because of {', '.join(changes)}" if changes else state))
-    return bool(built) and not changes
+def policy_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, samples: Stage,
+                 **depends_on: Any) -> Stage:
+    """The algorithm's policy, made by train(cfg, base, samples, folder, cost).
 
-
-def train_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, samples: Samples,
-                *stages: str, **more: Any) -> Stage:
-    """The algorithm's policy: from before, or train(cfg, base, samples, folder, cost)'s.
-
-    It depends on flags of data, training and other `stages`, base policy, samples and `more`.
+    It depends on the flags of data and training, on base policy and samples, and on `depends_on`.
     """
-    wanted = settings(cfg, "data", "training", *stages, base=base.fingerprint,
-                      samples=samples.fingerprint, **more)
-    return build_stage(cfg, algorithm, wanted, functools.partial(train, cfg, base, samples))
+    def make(folder: Path, cost: Cost) -> Optional[dict]:
+        return train(cfg, base, samples.load(), folder, cost)
+    settings = {**data_settings(cfg), **cfg.training_flags(), "base": base.fingerprint,
+                "samples": samples.fingerprint, **depends_on}
+    return Stage(os.path.join(cfg.out, algorithm), settings, make, shared=False)
 
 
-def settings(cfg: Config, *stages: str, **more: Any) -> dict:
-    """The flags these stages depend on, and more; files stand as hashes of what is in them."""
-    found = {f.name: getattr(cfg, f.name) for f in fields(cfg)
-             if f.metadata["help"].stage in stages}
-    for name in ("model", "preferences", "responses", "prompts", "samples", "reward_model",
-                 "judge"):
-        if found.get(name):
-            found[name] = content_hash(found[name])
-    return {**found, **more}
+def data_settings(cfg: Config) -> dict:
+    """The settings that every stage depends on; files stand as hashes of their content."""
+    names = ("columns", "held_out", "max_prompt_tokens", "max_response_tokens", "seed")
+    return {"model": cfg.model and content_hash(cfg.model, MODEL_FILES),
+            "preferences": cfg.preferences and content_hash(cfg.preferences),
+            **{name: getattr(cfg, name) for name in names}}
 
 
-HASHES: dict[str, str] = {}  # of files, under path, size and times; launch() keeps them in the run
+MODEL_FILES = ("*.safetensors", "*config*.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
+               "*.jinja", "*tokens*.json")
 
 
-def content_hash(source: str) -> str:
-    """Of a file, or of a folder's files and their names, every byte of them; a Hub id is itself."""
-    root, found = Path(source), []
+def content_hash(source: str, patterns: tuple[str, ...] = ("**/*",)) -> str:
+    """Of a file's bytes, or of a folder's files that match; a Hub id stands for itself.
+
+    Rank 0 reads them, about a gigabyte a second.
+    """
+    root = Path(source)
     if not root.exists():
         return source
-    require(root.is_file() or root.is_dir(), f"{source}: a pipe or device; give a regular file")
-    for path in [root] if root.is_file() else visible_files(root):
-        stat = path.stat()
-        key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        if key not in HASHES:
-            digest = hashlib.sha256()
-            with open(path, "rb") as file:
-                while part := file.read(2**24):
-                    digest.update(part)
-            HASHES[key] = digest.hexdigest()
-        found.append((str(path.relative_to(root)), HASHES[key]))
-    return fingerprint(found)
+    matches = {path for pattern in patterns for path in root.glob(pattern)} or {root}
+    files = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
+    digest = hashlib.sha256()
+    for path in files if rank() == 0 else ():
+        digest.update(str(path.relative_to(root)).encode())
+        with open(path, "rb") as file:
+            while part := file.read(2**24):
+                digest.update(part)
+    return gather(digest.hexdigest()[:12])[0]
 
 
-def visible_files(root: Path) -> list[Path]:
-    """A folder's files, those of its folders too, through links; nothing hidden."""
-    found = map(root.joinpath, glob.glob("**", root_dir=root, recursive=True))
-    return sorted(path for path in found if not path.is_dir())
-
-
-def fingerprint(what: Any) -> str:
+def fingerprint(value: Any) -> str:
     """Twelve hex digits of a JSON-able value."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """A stage's checkpoints, the last first."""
-    return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_record(path: Path) -> dict:
-    """A JSON object from a file, {} where there is none."""
+    """A JSON object from a file; {} where there is none."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -584,18 +532,10 @@ def read_record(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def write_record(path: Path, wanted: dict, cost: Cost, **more: Any) -> None:
-    """Writes a stage's record on rank 0: settings, cost and what else belongs to it."""
-    if rank() == 0:
-        record = {"settings": wanted, "cost": asdict(cost), **more}
-        write_beside(path, [json.dumps(record, indent=1)])
-    barrier()
-
-
 def write_beside(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines beside the file, syncs and renames: a kill leaves the old or the new."""
+    """Writes lines beside the file, syncs and renames: a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(f".{path.name}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
         file.flush()
@@ -604,694 +544,561 @@ def write_beside(path: Path, lines: Iterable[str]) -> None:
 
 
 # -------------------------------------------------------------------------------------- tokenizer
-# Prompt and response are encoded apart, so that the boundary between them is exact.  How a turn
-# ends is the model's to say: its stop tokens, and what its chat template writes.
+# Text prompts and responses are encoded apart, so that the boundary between them is exact.  A turn
+# of a chat is what the model's own template renders: header, reply and end alike.
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after each digit was set apart, as SmolLM2 does: there white space ends at a digit, too.
-DIGITS_SPLIT = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-TEMPLATE_SECONDS = 20  # that a chat template may take for a conversation
-PROBE = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京タワー привет שלום \U0001f468‍"
-         "\U0001f469‍\U0001f467\U0001f3fd \r\nx  7  y   \n 3.14e-10 ½²³ <|endoftext|>user <s></s>"
-         "[INST] don't WE'LL I'd   trailing   ", "    def f(x):\n        return x**2  # \t\t!\n\n",
-         "1 2  3   4    5 a1b22c333 ,,,...;;; ====---- ___", " ", "\n", "é", "")
-
-
-REWARD_BLOCK = "{% if add_generation_prompt and reward is not none %}"  # begins dt.py's block
-
-
-def with_reward_tag(template: Any, tag: str) -> Any:
-    """The chat template with a tag, an expression of Jinja, after the prompt; with "" without any.
-    Several templates by name, or none, alike.
-
-    apply_chat_template(..., reward=2.0) sets the `reward` that the tag reads; None: no tag.
-    """
-    if isinstance(template, dict):
-        return {name: with_reward_tag(each, tag) for name, each in template.items()}
-    block = tag and REWARD_BLOCK + "{{ " + tag + " }}{% endif %}"
-    return template and template.split(REWARD_BLOCK)[0] + block
-
-
-class Codec:
-    """Text to token ids and back for one model: its tokenizer, and how its turns end."""
-
-    def __init__(self, folder: str, cfg: Config):
-        """Raises BadInput where there is no tokenizer, or none that could end a response."""
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-        with load_errors(folder, "a tokenizer"):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.tokenizer.chat_template = with_reward_tag(self.tokenizer.chat_template, "")
-        self.cfg, self.cuts, self.configs = cfg, Counter(), []
-        self.encode = text_encoder(self.tokenizer)
-        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
-        word, line, newline = self.encode(["a", "\na", "\n"])
-        marks = line[:len(newline)] == newline and line[len(newline):] != word
-        self.before, self.before_ids = ("\n", newline) if marks else ("", [])
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
-        for kind in (GenerationConfig, AutoConfig):
-            with contextlib.suppress(OSError, ValueError):
-                self.configs.append(kind.from_pretrained(folder, trust_remote_code=False))
-        ends = [eos]
-        for config in self.configs:
-            found = getattr(config, "eos_token_id", None)
-            ends += found if isinstance(found, list) else [found]
-        self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
-        require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
-                "token, so no response could end")
-        self.turn_end = self.turn_tail = self.eos = self.stop_ids[:1]
-        self.left_out: set[str] = set()  # roles that the chat template passes over
-        if self.tokenizer.chat_template:
-            self._read_template(folder)
-        self.check_fits(folder)
-
-    def _read_template(self, folder: str) -> None:
-        """How the chat template ends a turn, what it writes after it, which roles it leaves out."""
-        user, reply, *others = ({"role": role, "content": "a"} for role in (
-            "user", "assistant", "system", "developer", "tool"))
-        tail: list[int] = []
-        with contextlib.suppress(BadInput):  # a template may refuse two plain turns, or a role
-            tail = [ids for ids, _ in self._pieces([user, reply], reply=False)][-1]
-        for other in others:
-            with contextlib.suppress(BadInput):
-                if 0 not in {i for _, i in self._pieces([other, user], reply=True)}:
-                    self.left_out.add(other["role"])
-        special = {*self.stop_ids, *self.tokenizer.added_tokens_decoder}
-        for end in [t for t in tail if t in special][:1]:
-            self.turn_end, self.turn_tail = tail[:tail.index(end) + 1], tail
-            if end not in self.stop_ids:
-                self.stop_ids.append(end)
-                print_once(f"{folder}: its chat template ends a turn with "
-                           f"{self.tokenizer.convert_ids_to_tokens(end)}, which neither tokenizer "
-                           "nor generation_config names as an end: taken as one here")
-
-    def check_fits(self, folder: str, tag: str = "") -> None:
-        """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
-        prompt, BOS, reward tag and response."""
-        size, more = len(self.tokenizer), len(self.bos + self.encode([tag])[0])
-        need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + more
-        for shape in (c.get_text_config() for c in self.configs if hasattr(c, "get_text_config")):
-            embeddings = getattr(shape, "vocab_size", None) or math.inf
-            most = getattr(shape, "max_position_embeddings", None) or math.inf
-            require(size <= embeddings, f"{folder}: the tokenizer has {size:,} tokens and the "
-                    f"model {embeddings:,} embeddings; resize_token_embeddings first")
-            require(need <= most, f"{folder} reads at most {most} tokens, and prompt, response, "
-                    f"BOS and reward tag may take {need}: lower --max_prompt_tokens")
-
-    def _special(self) -> tuple[str, ...]:
-        return tuple(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special)
-
-    def _rendered(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that a template wrote: special tokens are what they are."""
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-
-    def _written(self, texts: list[str]) -> list[list[int]]:
-        """Ids of the user's texts, in which the text of a special token is text."""
-        special = self._special()
-        if self.cfg.rendered_text:
-            return self._rendered(texts)
-        if any(t.strip().startswith(special) or t.strip().endswith(special) for t in texts):
-            print_once("texts begin or end with a special token's text, read as plain characters; "
-                       "if a chat template wrote it, give --rendered_text")
-        return self.encode(texts)
-
-    def continuations(self, texts: list[str], encode: Optional[Callable] = None) -> list[list[int]]:
-        """Ids of responses, or of other texts of the user's that continue a prompt."""
-        encode, n = encode or self._written, len(self.before_ids)
-        return [ids[n:] if ids[:n] == self.before_ids else encode([text])[0]
-                for text, ids in zip(texts, encode([self.before + text for text in texts]))]
-
-    def _render(self, messages: list[dict], **more: Any) -> Any:
-        require(self.tokenizer.chat_template, f"{self.tokenizer.name_or_path}: no chat template, "
-                "which messages need; give an instruct model, or text")
-        try:
-            with time_limit(TEMPLATE_SECONDS):
-                found = self.tokenizer.apply_chat_template(messages, **more)
-        except Exception as problem:  # a template is a program, and may fail as one
-            why = " ".join(f"{type(problem).__name__} {problem}".split())[:200]
-            raise BadInput(f"the chat template refuses a conversation: {why}") from problem
-        require(found, "the chat template writes nothing for a conversation")
-        return found
-
-    def _pieces(self, messages: list[dict],
-                reply: bool) -> Iterator[tuple[list[int], Optional[int]]]:
-        """(ids, the message they are the content of, or None) of what the template renders."""
-        marked = [{**m, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
-        text = self._render(marked, add_generation_prompt=reply, tokenize=False)
-        for i, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
-            if i % 2:
-                yield self.continuations([messages[int(piece)]["content"]])[0], int(piece)
-            elif piece:
-                yield self.continuations([piece], self._rendered)[0], None
-
-    def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
-        """Messages through the template, up to the reply if one is to follow; the text of special
-        tokens in a message stays text."""
-        for role in sorted(self.left_out & {m["role"] for m in messages}):
-            print_once(f"the chat template leaves out messages of {role}")
-        if any(token in m["content"] for token in self._special() for m in messages):
-            return [t for ids, _ in self._pieces(messages, reply) for t in ids]
-        return self._render(messages, add_generation_prompt=reply, return_dict=False)
-
-    def _shorten(self, messages: list[dict]) -> list[dict]:
-        """The conversation without its oldest turns; if need be, the last one without its start."""
-        most, start = self.cfg.max_prompt_tokens, int(messages[0]["role"] == "system")
-        system, turns = messages[:start], messages[start:]
-        while (over := len(self.chat(system + turns)) - most) > 0:
-            if len(turns) > 1:
-                turns = turns[2 if len(turns) > 2 and turns[1]["role"] == "assistant" else 1:]
-                continue
-            content = self.encode([turns[0]["content"]])[0]
-            require(len(content) > over, f"--max_prompt_tokens {most}: too few for the template "
-                    "and the system message of a conversation")
-            shorter = self.tokenizer.decode(self._cut_start(content, len(content) - over))
-            turns = [{**turns[0], "content": shorter}]
-        return system + turns
-
-    def _cut_start(self, ids: list[int], most: int) -> list[int]:
-        """The last tokens, from where a character begins."""
-        ids = ids[-most:]
-        while ids and self.tokenizer.decode(ids[:8]).startswith("\ufffd"):
-            ids = ids[1:]
-        return ids
-
-    def cut_end(self, ids: list[int], most: int) -> list[int]:
-        """The first tokens, up to where a character ends."""
-        if len(ids) > most:
-            self.cuts["responses are cut at --max_response_tokens; no end is taught there"] += 1
-            ids = ids[:most]
-            while len(ids) > 1 and self.tokenizer.decode(ids[-8:]).endswith("\ufffd"):
-                ids = ids[:-1]
-        return ids
-
-    def say_cuts(self) -> None:
-        """Says how many prompts and responses were cut since the last time."""
-        for what, count in self.cuts.items():
-            print0(f"  {count:,} {what}")
-        self.cuts.clear()
-
-    def prompts(self, prompts: list) -> list[list[int]]:
-        """Prompts as ids: text after BOS, chat messages through the template up to the reply.
-        Longer ones are cut: text at its start, chat messages lose their oldest turns."""
-        most, found = self.cfg.max_prompt_tokens, []
-        texts = iter(self._written([p for p in prompts if isinstance(p, str)]))
-        for prompt in prompts:
-            is_text = isinstance(prompt, str)
-            ids = next(texts) if is_text else self.chat(prompt)
-            if len(ids) > most:
-                self.cuts["prompts are cut to --max_prompt_tokens: text at its start, chat "
-                          "messages by their oldest turns"] += 1
-                ids = self._cut_start(ids, most) if is_text else self.chat(self._shorten(prompt))
-            if is_text and ids[:len(self.bos)] != self.bos:
-                ids = self.bos + ids
-            found.append(ids)
-        return found
-
-    def tokenise(self, prompts: list, responses: list[str], truncated: Optional[list[bool]] = None,
-                 whole: bool = False) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids (T,), response mask (T,)) of prompt and response, which ends as a turn does if it
-        is neither cut off nor too long.  `whole`: chats as rendered, for reward models."""
-        found, every = [], self.cfg.train_on == "all_assistant_turns" and not whole
-        for prompt, response, before, ids, cut in zip(
-                prompts, responses, self.prompts(prompts), self.continuations(responses),
-                truncated or itertools.repeat(False)):
-            is_chat, learnt = not isinstance(prompt, str), False
-            if is_chat and every:
-                before, learnt = self._every_turn(self._shorten(prompt))
-            end = self.eos if not is_chat else self.turn_tail if whole else self.turn_end
-            if cut or self.cfg.rendered_text and ids and ids[-1] in self.stop_ids:
-                end = []
-            sequence = before + self.cut_end(ids + end, self.cfg.max_response_tokens)
-            if whole and is_chat and end and sequence[len(before + ids):] == end:
-                reply = {"role": "assistant", "content": response}
-                sequence = self.chat([*self._shorten(prompt), reply], reply=False)
-            mask = np.arange(len(sequence)) >= len(before)
-            mask[:len(before)] = learnt
-            found.append((np.array(sequence, dtype=np.int32), mask))
-        return found
-
-    def _every_turn(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """A chat's ids up to its last reply, and which are earlier replies or the ends of them."""
-        ids, mask, replied, end = [], [], False, self.turn_end
-        for piece, i in self._pieces(messages, reply=True):
-            ends = len(end) if piece[:len(end)] == end else len({*piece[:1]} & {*self.stop_ids})
-            is_reply = i is not None and messages[i]["role"] == "assistant"
-            mask += [is_reply or replied and n < ends for n in range(len(piece))]
-            ids += piece
-            replied = is_reply
-        return ids, mask
-
-    def sequences(self, samples: list[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """tokenise() of samples."""
-        return self.tokenise([s.prompt for s in samples], [s.response for s in samples],
-                             [s.truncated for s in samples])
-
-    def decode(self, response: Response) -> str:
-        """A sampled response's text, without what ended it."""
-        ids, end = response.ids, self.turn_end
-        if not response.truncated:
-            ids = ids[:-len(end)] if ids[-len(end):] == end else ids[:-1]
-        text, start = map(self.tokenizer.decode, (self.before_ids + ids, self.before_ids))
-        return text[len(start):] if text.startswith(start) else self.tokenizer.decode(ids)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in a block that takes longer; in other threads than the main one not."""
-    def late(*_: Any) -> None:
-        raise TimeoutError(f"after {seconds} s it is still at work")
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextlib.contextmanager
-def load_errors(name: str, what: str) -> Iterator[None]:
-    """transformers' own errors on a folder or Hub id, as one sentence."""
-    require(not Path(name, "adapter_config.json").exists(),
-            f"{name}: a LoRA adapter; merge it into its base model first (peft: merge_and_unload)")
-    for file in Path(name).glob("*.safetensors"):
-        with open(file, "rb") as f:
-            require(not f.read(20).startswith(b"version https://git"),
-                    f"{file}: a git-lfs pointer, not weights; run git lfs pull")
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as problem:  # of many libraries, safetensors' own among them
-        if os_problem(problem) and not isinstance(problem, OSError):
-            raise
-        why = str(problem).strip().split("\n")[0][:200]
-        raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load "
-                       f"({type(problem).__name__}: {why})") from problem
-
-
-@functools.lru_cache(maxsize=8)
-def text_encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """The encoder of plain texts, special tokens' text as text: tiktoken's if it proves equal to
-    the tokenizer's own on the whole vocabulary and on hard text, else that one."""
-    def own(texts: list[str]) -> list[list[int]]:
-        return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True,
-                         verbose=False)["input_ids"] if texts else []
-    try:
-        fast = tiktoken_encoder(tokenizer, own)
-        words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-        probe = [*PROBE, *(tokenizer.convert_tokens_to_string([word]) for word in words if word),
-                 " ".join(t.content for t in tokenizer.added_tokens_decoder.values())]
-        return fast if fast(probe) == own(probe) else own
-    except (AttributeError, KeyError, ValueError, IndexError, TypeError):
-        return own  # no byte-level BPE
-
-
-def tiktoken_encoder(tokenizer: Any, own: Callable) -> Callable[[list[str]], list[list[int]]]:
-    """tiktoken's encoder from a byte-level BPE's merges.  Raises ValueError for other kinds.
-    Texts with a byte that the vocabulary lacks or a word that no merge makes are left to own()."""
-    import tiktoken
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, splitter = spec["model"], spec["pre_tokenizer"]
-    match splitter.get("pretokenizers", [splitter]):
-        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            pattern = GPT2_SPLIT
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
-            pattern = DIGITS_SPLIT
-        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}},
-              {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False}]:
-            pass
-        case _:
-            raise ValueError("another pre-tokenizer")
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
-        raise ValueError("another normalizer")
-    byte, vocabulary = {c: b for b, c in bytes_to_unicode().items()}, model["vocab"]
-    words = ["".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
-             for merge in model["merges"]]
-    made = [vocabulary[word] for word in words]
-    if made != sorted(made):
-        raise ValueError("ids in another order than merges, as which tiktoken takes them")
-    if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
-        words += [word for word in vocabulary if all(c in byte for c in word)]
-    ranks = {bytes(byte[c] for c in word): vocabulary[word] for word in words}
-    ranks |= {bytes([b]): vocabulary.get(c, 2**31 + b) for c, b in byte.items()}
-    known = {*made, *(vocabulary.get(c) for c in byte)}
-    fast = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    normal = functools.partial(unicodedata.normalize, "NFC") if spec["normalizer"] else str
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        found = [fast.encode_ordinary(normal(text)) for text in texts]
-        return [ids if known.issuperset(ids) else own([text])[0] for text, ids in zip(texts, found)]
-    return encode
-
-
-# ------------------------------------------------------------------------------------------- data
-# Rows of other tools' shapes become (prompt, response, reward) or (prompt, ranked responses).
-# Rows in = rows used + rows left out, by reason, said in one line.
-
-
-class Ranking(NamedTuple):
-    """A prompt and two responses or more, the one that people liked best first."""
-    prompt: Any
-    responses: tuple[str, ...]
-
-
-class Sample(NamedTuple):
-    """A response to a prompt; `truncated`: it was broken off, and carries no EOS."""
-    prompt: Any
-    response: str
-    reward: float = math.nan
-    source: str = "given"
-    truncated: bool = False
-    weight: float = math.nan
+HARD_TEXT = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京 привет \U0001f468\u200d\U0001f469"
+             " \r\nx  7  y   \n 3.14e-10 ½²³ DON'T WE'LL  a1b22c333 ,,,...;;; \t\t trailing  ")
+MARK = "\ue000"  # stands for a reply, to see what a template writes around it
 
 
 class LeftOut(Exception):
     """Why a row is left out and counted."""
 
 
+class Codec:
+    """Text to token ids and back for one model: its tokenizer, chat template and stop tokens."""
+
+    def __init__(self, folder: str, cfg: Config):
+        """Raises BadInput without a tokenizer, or with one that no response could end by."""
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        with load_errors(folder, "a tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.folder, self.cfg, self.encode = folder, cfg, text_encoder(self.tokenizer)
+        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
+        word, line, newline = map(self.encode, ("a", "\na", "\n"))
+        marks_first_word = line[:len(newline)] == newline and line[len(newline):] != word
+        self.before = "\n" if marks_first_word else ""
+        self.before_ids = self.encode(self.before)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
+        self.configs = []
+        for kind in (GenerationConfig, AutoConfig):
+            with contextlib.suppress(OSError, ValueError):
+                self.configs.append(kind.from_pretrained(folder, trust_remote_code=False))
+        ends = [eos]
+        for config in self.configs:
+            more = getattr(config, "eos_token_id", None)
+            ends += more if isinstance(more, list) else [more]
+        self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
+        require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
+                "token, so no response could end")
+        self.turn_end, self.turn_tail, self.opened = "", "", ""
+        if self.tokenizer.chat_template:
+            self._read_template()
+        self.check_fits()
+
+    def _read_template(self) -> None:
+        """Finds what the template writes after a reply: what ends the turn, and a tail."""
+        chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        try:
+            before, whole = self._render(chat[:1], True), self._render(chat, False)
+        except LeftOut:
+            return  # it refuses two plain turns, so no conversation will get further
+        if not whole.startswith(before):
+            self.opened = before[len(os.path.commonprefix([before, whole])):]
+        tail = whole.rpartition(MARK)[2] if MARK in whole else ""
+        special = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        special += [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        ends = [tail.index(token) + len(token) for token in special if token in tail]
+        self.turn_end = tail[:min(ends, default=0)]
+        self.turn_tail = tail[len(self.turn_end):]
+        end_id = self.encode(self.turn_end)[-1:]
+        if end_id and end_id[0] not in self.stop_ids:
+            self.stop_ids += end_id
+            print_once(f"{self.folder}: a turn ends with {self.turn_end.strip()}, as its chat "
+                       "template has it, also where generation_config does not say so")
+
+    def check_fits(self, tag: str = "") -> None:
+        """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
+        prompt, BOS, reward tag and response."""
+        size, extra = len(self.tokenizer), len(self.bos + self.encode(tag))
+        need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + extra
+        for config in self.configs:
+            if hasattr(config, "get_text_config"):
+                shape = config.get_text_config()
+                embeddings = getattr(shape, "vocab_size", None) or math.inf
+                require(size <= embeddings, f"{self.folder}: the tokenizer has {size:,} tokens and "
+                        f"the model {embeddings:,} embeddings; resize_token_embeddings first")
+                most = most_positions(shape)
+                require(need <= most, f"{self.folder} reads at most {most} tokens, and prompt, "
+                        f"response, BOS and reward tag may take {need}: lower --max_prompt_tokens "
+                        "or --max_response_tokens")
+
+    def _render(self, messages: list[dict], generation_prompt: bool) -> str:
+        require(self.tokenizer.chat_template, f"{self.folder}: has no chat template, which "
+                "messages need; give an instruct model, or prompts as text")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=generation_prompt, tokenize=False)
+        except Exception as problem:  # a template is a program, and may fail as one
+            why = " ".join(str(problem).split())[:100]
+            raise LeftOut(f"that the chat template refuses ({why})") from problem
+
+    def prompt(self, prompt: Any) -> list[int]:
+        """Ids of a prompt: text after BOS, or messages through the template up to the reply.
+
+        Raises LeftOut if it is longer than --max_prompt_tokens, or the template refuses it.
+        """
+        is_text = isinstance(prompt, str)
+        ids = self.encode(prompt if is_text else self._render(prompt, True))
+        if is_text and ids[:len(self.bos)] != self.bos:
+            ids = self.bos + ids
+        if len(ids) > self.cfg.max_prompt_tokens + len(self.bos):
+            raise LeftOut("with prompts longer than --max_prompt_tokens")
+        return ids
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of a text that continues a prompt."""
+        ids, n = self.encode(self.before + text), len(self.before_ids)
+        return ids[n:] if ids[:n] == self.before_ids else self.encode(text)
+
+    def turn(self, prompt: Any, response: str, truncated: bool = False,
+             generated: bool = False) -> tuple[list[int], list[int], list[int]]:
+        """Ids of prompt, reply and tail: the reply up to the token that ends it, unless truncated;
+        the tail is what a template writes after that.
+
+        A `generated` reply continues the generation prompt as it stands; any other is rendered by
+        the template.  Raises LeftOut as prompt() does, BadInput for a template that begins a reply
+        with something else than its generation prompt.
+        """
+        before, is_text = self.prompt(prompt), isinstance(prompt, str)
+        end = "" if is_text or truncated else self.turn_end
+        tail = "" if is_text or truncated else self.turn_tail
+        if is_text or generated:
+            reply = self.continuation(response + end)
+        else:
+            before_text = self._render(prompt, True)
+            answer = {"role": "assistant", "content": response}
+            whole = self._render([*prompt, answer], False)
+            require(whole.startswith(before_text), self.why_opened())
+            text = whole.removesuffix(self.turn_end + self.turn_tail) + end
+            ids = self.encode(text)
+            reply = ids[len(before):]
+            if ids[:len(before)] != before:
+                print_once(f"{self.folder}: tokens of its chat template join prompt and reply; "
+                           "they are encoded apart")
+                reply = self.continuation(text[len(before_text):])
+        if not truncated and (not reply or reply[-1] not in self.stop_ids):
+            reply = reply + self.stop_ids[:1]
+        return before, reply, self.encode(tail)
+
+    def why_opened(self) -> str:
+        """What is wrong with a template that begins a reply otherwise than it asks for one."""
+        return (f"{self.folder}: its chat template asks for a reply with {self.opened!r} and "
+                "renders one without it, so no given response follows what the policy is asked "
+                'with; edit the template, give prompts as text, or mark rows "source": '
+                '"generated" to teach their responses right after the generation prompt')
+
+    def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """(ids (T,), response mask (T,)) for a policy; a reply that is too long is cut."""
+        generated = sample.source == "generated"
+        before, reply, _ = self.turn(sample.prompt, sample.response, sample.truncated, generated)
+        ids = before + reply[:self.cfg.max_response_tokens]
+        return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(before)
+
+    def scored(self, prompt: Any, response: str, truncated: bool = False,
+               generated: bool = False) -> np.ndarray:
+        """Ids (T,) for a reward model: those that a policy reads, and the template's tail."""
+        before, reply, tail = self.turn(prompt, response, truncated, generated)
+        most = self.cfg.max_response_tokens
+        ids = before + (reply[:most] if len(reply) > most else reply + tail)
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, response: Response) -> str:
+        """A sampled response's text, without the end of the turn.  Where the token limit cut a
+        character in two, the text ends before it."""
+        ids, end = response.ids, self.encode(self.turn_end)
+        if not response.truncated:
+            ids = ids[:-len(end)] if end and ids[-len(end):] == end else ids[:-1]
+        after = self.tokenizer.decode(self.before_ids)
+        text = self.tokenizer.decode(self.before_ids + ids)
+        text = text[len(after):] if text.startswith(after) else self.tokenizer.decode(ids)
+        return text.rstrip("\ufffd") if response.truncated else text
+
+
+def most_positions(shape: Any) -> float:
+    """How many tokens a model of this configuration reads.  LongRoPE and dynamic RoPE beyond the
+    original limit would change every sequence of a batch for the sake of one, so they end there."""
+    most = getattr(shape, "max_position_embeddings", None) or math.inf
+    rope = getattr(shape, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("longrope", "dynamic"):
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                shape, "original_max_position_embeddings", None)
+            most = min(most, original or most)
+    return most
+
+
+@contextlib.contextmanager
+def load_errors(name: str, what: str) -> Iterator[None]:
+    """transformers' own errors on a folder or Hub id, as one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as problem:  # of many libraries, safetensors' own among them
+        why = str(problem).strip().split("\n")[0][:200]
+        raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load "
+                       f"({type(problem).__name__}: {why})") from problem
+
+
+@functools.lru_cache(maxsize=8)
+def text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """The encoder of a text, without BOS and EOS; the text of a special token is that token.
+
+    tiktoken's, if it proves equal to the tokenizer's own on its vocabulary and on hard text.
+    """
+    def own(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        fast = tiktoken_encoder(tokenizer, own)
+        words = filter(None, tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+        texts = [HARD_TEXT, *(tokenizer.convert_tokens_to_string([word]) for word in words)]
+        return fast if all(fast(text) == own(text) for text in texts) else own
+    except (AttributeError, KeyError, ValueError, IndexError, TypeError):
+        return own  # no byte-level BPE
+
+
+def tiktoken_encoder(tokenizer: Any, own: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+    """tiktoken's encoder from a byte-level BPE's merges.  Raises ValueError for other kinds.
+
+    Texts with a special token, with a byte that the vocabulary lacks or a word that no merge makes
+    are left to own().
+    """
+    import tiktoken
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, splitter = spec["model"], spec["pre_tokenizer"]
+    *first, last = splitter.get("pretokenizers", [splitter])
+    pattern = first[0]["pattern"]["Regex"] if first else GPT2_SPLIT
+    plain = last["type"] == "ByteLevel" and not last["add_prefix_space"] and len(first) < 2
+    if not plain or last["use_regex"] == bool(first) or spec["normalizer"]:
+        raise ValueError("another pre-tokenizer or normalizer")
+    byte_of, vocabulary = {c: b for b, c in bytes_to_unicode().items()}, model["vocab"]
+    words = ["".join(pair if isinstance(pair, list) else pair.split(" "))
+             for pair in model["merges"]]
+    merged = [vocabulary[word] for word in words]
+    if merged != sorted(merged):
+        raise ValueError("ids in another order than merges, as which tiktoken takes them")
+    if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
+        words += [word for word in vocabulary if all(c in byte_of for c in word)]
+    ranks = {bytes(byte_of[c] for c in word): vocabulary[word] for word in words}
+    ranks |= {bytes([b]): vocabulary.get(c, 2**31 + b) for c, b in byte_of.items()}
+    known = {*merged, *(vocabulary.get(c) for c in byte_of)}
+    fast = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()]
+    has_added_token = re.compile("|".join(added) or r"(?!)").search  # (?!) matches nothing
+
+    def encode(text: str) -> list[int]:
+        ids = [] if has_added_token(text) else fast.encode_ordinary(text)
+        return ids if ids and known.issuperset(ids) else own(text)
+    return encode
+
+
+# ------------------------------------------------------------------------------------------- data
+# Rows of files and Hub data sets become preferences and samples, split by prompt into training and
+# held out.  Rows in = rows used + rows left out, by reason, said in one line.
+
+
+class Preference(NamedTuple):
+    """A prompt, text or chat messages, and the response that people preferred to another."""
+    prompt: Any
+    chosen: str
+    rejected: str
+
+
+class Sample(NamedTuple):
+    """A response to a prompt; None for what is still to be generated or scored.
+
+    `truncated`: it was broken off, and is taught without an end.
+    """
+    prompt: Any
+    response: Optional[str] = None
+    reward: Optional[float] = None
+    weight: Optional[float] = None
+    source: str = "given"
+    truncated: bool = False
+
+
+TEXT, NUMBER, FLAG = "text", "a finite number", "true or false"
+CHAT = 'a list of {"role", "content"} messages'
+EITHER = f"{TEXT} or {CHAT}"
+PREFERENCE_FIELDS = {"prompt": EITHER, "chosen": EITHER, "rejected": EITHER}
+SAMPLE_FIELDS = {"prompt": EITHER, "response": TEXT, "messages": CHAT, "reward": NUMBER,
+                 "weight": NUMBER, "source": TEXT, "truncated": FLAG}
+
+
+def column_names(columns: list[str]) -> dict[str, list[str]]:
+    """--columns as {our field: the data's columns}.  Raises BadInput for a mistyped one."""
+    names, ours = {}, PREFERENCE_FIELDS | SAMPLE_FIELDS
+    for entry in columns:
+        name, _, theirs = entry.partition("=")
+        require(theirs and name in ours,
+                f"--columns takes ours=theirs, ours one of {', '.join(ours)}; not {entry!r}")
+        names[name] = theirs.split("+")
+    return names
+
+
+def read_rows(source: str, expected: dict[str, str], columns: list[str],
+              parse: Callable[[dict], Any], quiet: bool = False) -> Iterator[tuple[str, Any]]:
+    """(file or split, parse(row)) of each row, a row {our field: value} without nulls.
+
+    parse() raises LeftOut for a row that is of no use.  Says at the end how many rows were used.
+    Raises BadInput naming the row for a field that is missing or not what is `expected`.
+    """
+    renamed = column_names(columns)
+    names = {field: renamed.get(field, [field]) for field in expected}
+    used, left_out, seen = 0, Counter(), set()
+    for part, where, row in read_source(source):
+        seen |= row.keys()
+        try:
+            entry = parse(named_fields(row, expected, names))
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            continue
+        except KeyError as field:
+            raise BadInput(f"{where}: the field {field} is missing; it has "
+                           f"{', '.join(row)}") from field
+        except ValueError as problem:
+            raise BadInput(f"{where}: {problem}") from problem
+        used += 1
+        yield part, entry
+    read = {theirs for field in names for theirs in names[field]}
+    lacking = {theirs for field in renamed.keys() & names for theirs in names[field]} - seen
+    require(not lacking, f"{source}: --columns: has no {', '.join(sorted(lacking))}; it has "
+            f"{', '.join(sorted(seen))}")
+    report = [f"{used:,} of {used + sum(left_out.values()):,} rows used"]
+    report += [f"left out: {count:,} {reason}" for reason, count in left_out.items()]
+    if seen - read:
+        report.append("columns not read: " + ", ".join(sorted(seen - read)))
+    if not quiet:
+        print0(f"  {source}: {'; '.join(report)}")
+
+
+def named_fields(row: dict, expected: dict[str, str], names: dict[str, list[str]]) -> dict:
+    """The row's fields under our names, without nulls.  Raises ValueError for an unfit value."""
+    fields = {}
+    for name, kind in expected.items():
+        values = [row[theirs] for theirs in names[name] if row.get(theirs) is not None]
+        if len(names[name]) > 1:  # columns to join
+            texts = [read_field(name, text, TEXT) for text in values]
+            values = ["\n\n".join(text for text in texts if text)]
+        if values:
+            fields[name] = read_field(name, values[0], kind)
+    return fields
+
+
+def read_field(name: str, value: Any, kind: str) -> Any:
+    """The value, a number as a float.  Raises ValueError where it is not of this kind."""
+    if kind == NUMBER:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if math.isfinite(float(value)):
+                return float(value)
+    if kind == FLAG and str(value).lower() in ("true", "false", "1", "0"):
+        return str(value).lower() in ("true", "1")
+    if kind in (TEXT, EITHER) and isinstance(value, str):
+        return value
+    if kind in (CHAT, EITHER) and isinstance(value, list) and value:
+        if all(isinstance(m, dict) and isinstance(m.get("role"), str)
+               and isinstance(m.get("content"), str) for m in value):
+            return [{k: v for k, v in m.items() if v is not None} for m in value]
+    raise ValueError(f"the field {name!r} must be {kind}, not {value!r:.50}")
+
+
 def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
     """(file or split, "file, line 7", row) of a file, a folder or a Hub data set: .jsonl and
-    .jsonl.gz are read here, all else by `datasets`, an optional package."""
-    path, others = Path(source), (".json", ".parquet", ".csv")
+    .jsonl.gz are read here, all else by the optional package `datasets`."""
+    path = Path(source)
     if not path.exists():
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
-        require(hub and path.suffix.lower() not in (*others, ".jsonl", ".ndjson", ".gz"),
+        require(hub and not re.search(r"\.(jsonl?|parquet|csv|gz)$", source),
                 f"{source}: no such file, folder or Hub data set")
         yield from read_with_datasets(source, "", hub[1], data_dir=hub[2])
         return
-    require(path.is_file() or path.is_dir(), f"{source}: a pipe or device; give a regular file")
-    root, files = (path, visible_files(path)) if path.is_dir() else (path.parent, [path])
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
     skipped = []
     for file in files:
-        part, ending = str(file.relative_to(root)), file.suffix.lower()
-        if ending in others and not re.match("(dataset_(info|infos|dict)|state).json", file.name):
-            yield from read_with_datasets(str(file), part, ending[1:], data_files=str(file))
-        elif file == path or re.search(r"\.(jsonl|ndjson|jsonl?\.gz)$", file.name.lower()):
-            yield from ((part, *entry) for entry in read_jsonl(file))
+        part = file.name if path.is_file() else str(file.relative_to(path))
+        if re.search(r"\.jsonl(\.gz)?$", file.name):
+            for where, row in read_jsonl(file):
+                yield part, where, row
+        elif file.suffix in (".json", ".parquet", ".csv"):
+            yield from read_with_datasets(str(file), part, file.suffix[1:], data_files=str(file))
         else:
             skipped.append(part)
+    require(len(skipped) < len(files), f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
     if skipped:
-        print0(f"  {source}: {len(skipped)} files not read: {', '.join(skipped[:9])}")
-    require(len(skipped) < len(files), f"{source}: no file in this folder that could be read")
+        print_once(f"  {source}: files not read: {', '.join(skipped)}")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a .jsonl(.gz), each with its place.  Raises BadInput at a bad one."""
     number = 0
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                entry = json.loads(line.decode("utf-8-sig"))
-                require(isinstance(entry, dict), f"{path}, line {number}: not a JSON object")
-                if b"\\u" in line:
-                    json.dumps(entry, ensure_ascii=False).encode()  # half a surrogate is no text
-                yield f"{path}, line {number}", entry
+                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+                require(row is None or isinstance(row, dict),
+                        f"{path}, line {number}: not a JSON object")
+                if row is not None:
+                    yield f"{path}, line {number}", row
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise BadInput(f"{path}, line {number} or what follows: broken, or not JSON in UTF-8 "
-                       f"({problem})") from problem
+        raise BadInput(f"{path}, line {number} or the next: not JSON in UTF-8 ({problem})"
+                       ) from problem
 
 
 def read_with_datasets(source: str, part: str, kind: str,
-                       **more: Any) -> Iterator[tuple[str, str, dict]]:
+                       **options: Any) -> Iterator[tuple[str, str, dict]]:
     """(part, or else the split, place, row) of what the `datasets` package reads."""
     try:
         import datasets
     except ImportError as problem:
         raise BadInput(f"{source}: needs the datasets package: pip install datasets") from problem
-    if kind == "csv":
-        more |= {"keep_default_na": False, "na_values": [""]}  # a reply may be "None"
     try:
-        for split, entries in datasets.load_dataset(kind, **more).items():
-            for number, entry in enumerate(entries, 1):
-                yield part or split, f"{source}, {split} row {number}", entry
+        splits = datasets.load_dataset(kind, **options)
     except Exception as problem:  # of datasets, pyarrow, pandas, fsspec and the Hub's client
         why = " ".join(str(problem.__cause__ or problem).split())[:200]
         raise BadInput(f"{source}: datasets cannot read it ({why})") from problem
+    for split, rows in splits.items():
+        for number, row in enumerate(rows, 1):
+            yield part or split, f"{source}, {split} row {number}", row
 
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-         **{role: role for role in ("system", "developer", "user", "assistant", "tool")}}
-UNREADABLE = ("history", "tools", "functions", "tool_calls", "image", "images", "audio", "video")
-RESPONSES = ("response", "completion", "output")
-THOUGHTS = ("function_call", "reasoning_content", "reasoning", "thinking")
+TURN = "\n\nAssistant:"  # the start of a reply in a transcript like HH's
 
 
-def messages_of(value: Any) -> Optional[list[dict]]:
-    """Chat messages, or one, as {"role", "content"}, from ShareGPT's names and text parts too; None
-    if there is more to them than text."""
-    found = []
-    for m in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
-        m = {k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else {}
-        role, content = m.get("role", m.get("from")), m.get("content", m.get("value"))
-        if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text"
-                                             and isinstance(p.get("text"), str) for p in content):
-            content = "".join(p["text"] for p in content)
-        unlearnt = m.get("weight") == 0 or m.get("train") is False
-        if (not isinstance(content, str) or str(role) not in ROLES or unlearnt
-                or any(map(m.get, UNREADABLE + THOUGHTS))):
-            return None
-        found.append({"role": ROLES[role], "content": content})
-    return found or None
+def last_turn(conversation: Any) -> tuple[Any, str]:
+    """(prompt, response) of a whole conversation: messages, or a transcript like HH's.
 
-
-def number_of(value: Any, least: float = -1e100) -> Optional[float]:
-    """A number below 1e100, also where it is written as text; else None."""
-    try:
-        number = float(str(value))  # not of True; of an integer beyond all floats infinity
-    except ValueError:
-        return None
-    return number if least <= number < 1e100 else None
-
-
-# The fields that are read: as what, None where that fails, and how it is called.
-TEXT = (lambda value: value if isinstance(value, str) else None), "text"
-MESSAGES = messages_of, ('a list of {"role", "content"} messages of text; tool calls, thoughts, '
-                         'images and turns without weight are not read')
-EITHER = (lambda v: v if isinstance(v, str) else messages_of(v)), f"text or {MESSAGES[1]}"
-TRUTHS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
-FIELDS = {
-    **dict.fromkeys(("prompt", "input", "chosen", "rejected"), EITHER),
-    **dict.fromkeys(RESPONSES, EITHER),
-    **dict.fromkeys(("messages", "conversations"), MESSAGES),
-    **dict.fromkeys(("instruction", "system"), TEXT),
-    "ranked": (lambda v: v if isinstance(v, list) and len(v) > 1 and all(
-        isinstance(text, str) for text in v) else None, "a list of two texts or more, best first"),
-    "reward": (number_of, "a finite number"),
-    "label": (lambda v: number_of(int(v) if isinstance(v, bool) else v), "a finite number"),
-    "weight": (functools.partial(number_of, least=0), "a finite number not below 0"),
-    "truncated": (lambda v: TRUTHS.get(str(v).lower()), "true or false"),
-    "source": (str, "text")}
-PROMPT_COLUMNS = {"prompt", "instruction", "input", "system", "conversations"}
-PREFERENCE_COLUMNS = PROMPT_COLUMNS | {"chosen", "rejected", "ranked"}
-SAMPLE_COLUMNS = FIELDS.keys() - {"chosen", "rejected", "ranked"}
-
-
-def parsed_entries(source: str, columns: set[str], parse: Callable, use: str = "") -> Iterator[Any]:
-    """parse(part, entry, notes) of each row: these columns, read as FIELDS says, without nulls.
-    parse() raises LeftOut where an entry is no use, and KeyError where a field is missing.
-    Says at the end how many rows were used, and what was not read."""
-    total, left, notes, unread = 0, Counter(), Counter(), set()
-    for part, where, given in read_source(source):
-        total += 1
-        unread |= given.keys() - columns
-        entry = {}
-        try:
-            for name, value in given.items():
-                require(name not in UNREADABLE or not value,
-                        f"the field {name!r} bears on the text and cannot be read here")
-                if name in columns and value is not None:
-                    read, what = FIELDS[name]
-                    entry[name] = read(value)
-                    require(entry[name] is not None,
-                            f"the field {name!r} must be {what}, found {value!r:.50}")
-            if given.get("prompt", "") is None and "instruction" not in entry:
-                raise LeftOut("with a null field")
-            found = parse(part, entry, notes)
-        except BadInput as problem:
-            raise BadInput(f"{where}: {problem}") from problem
-        except KeyError as missing:
-            require(any(given.get(name, "") is None for name in columns),
-                    f"{where}: the field {missing} is missing")
-            left["with a null field"] += 1
-        except LeftOut as why:
-            left[str(why)] += 1
-        else:
-            yield found
-    report = [f"{total - sum(left.values()):,} of {total:,} rows used{use}"]
-    if left:
-        report.append("left out: " + ", ".join(f"{count:,} {why}" for why, count in left.items()))
-    report += [f"{count:,} {what}" for what, count in notes.items() if count]
-    if unread and not use:
-        report.append("columns not read: " + ", ".join(sorted(unread)))
-    print0(f"  {source}: {'; '.join(report)}")
-
-
-def name_in(entry: dict, *names: str) -> str:
-    """The one of a field's names that is there, or else the first.  Raises BadInput for two."""
-    found = ([name for name in names if entry.get(name, "") != ""]
-             or [name for name in names if name in entry][:1] or [*names[:1]])
-    require(len(found) == 1,
-            f"the fields {found[0]!r} and {found[-1]!r} stand side by side; give one")
-    return found[0]
-
-
-def as_messages(prompt: Any) -> list[dict]:
-    """Chat messages as they are, text as a user's."""
-    return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-
-
-def repeats(conversation: list[dict], messages: list[dict]) -> bool:
-    """Whether the conversation holds the text of each of the messages."""
-    contents = [m["content"].strip() for m in conversation]
-    return all(m["content"].strip() in contents for m in messages)
-
-
-def prompt_of(entry: dict) -> tuple[Any, Optional[str]]:
-    """An entry's prompt, text or messages, and the reply to it where it is a whole conversation: of
-    `messages` or ShareGPT's `conversations`, else of `prompt`, OpenRLHF's `input`, or Alpaca's
-    `instruction` and `input` as a user's message.  A `system` message goes before."""
-    whole = next((name for name in ("messages", "conversations") if name in entry), None)
-    name = whole or name_in(entry, "prompt", "instruction" if "instruction" in entry else "input")
-    prompt, reply = entry[name], None
-    if name == "instruction":
-        prompt = "\n\n".join(filter(None, (prompt, entry.get("input"))))
-    require(isinstance(prompt, list) or prompt.strip(), f"the field {name!r} is empty")
-    if whole and entry.get("prompt"):  # some data sets give its first turn once more
-        require(repeats(prompt, as_messages(entry["prompt"])),
-                f"the fields {whole!r} and 'prompt' differ; give one")
-    if name == "instruction" or entry.get("system"):
-        prompt = as_messages(prompt)
-    if whole and len(prompt) > 1 and prompt[-1]["role"] == "assistant":
-        *prompt, last = prompt
-        reply = last["content"]
-        for other in (*RESPONSES, "chosen", "rejected", "ranked"):
-            require(entry.get(other) in (None, reply), f"a conversation that ends with a reply and "
-                    f"the field {other!r} stand side by side; give one")
-    if entry.get("system"):
-        system = {"role": "system", "content": entry["system"]}
-        prompt = prompt if prompt[0] == system else [system, *prompt]
-    return prompt, reply
-
-
-def sample_of(entry: dict) -> Sample:
-    """An entry as a sample without its reward, from any tool's names."""
-    (prompt, reply), name = prompt_of(entry), name_in(entry, *RESPONSES)
-    if reply is None and name not in entry and entry.keys() & {"messages", "conversations"}:
-        raise LeftOut("conversations that do not end with the assistant")
-    if reply is None:
-        text = isinstance(entry[name], str)
-        prompt, reply = (prompt, entry[name]) if text else side_of(entry, name)
-    return Sample(prompt, reply, source=entry.get("source", "given"),
-                  weight=entry.get("weight", math.nan), truncated=entry.get("truncated", False))
-
-
-def labelled_sample_of(entry: dict) -> Sample:
-    """An entry as a sample with its reward; KTO's `label` is 1 or 0."""
-    sample, name = sample_of(entry), name_in(entry, "reward", "label")
-    if "weight" in entry and name not in entry:
-        return sample  # rwr.py --weights given asks for no more
-    return sample._replace(reward=entry[name])
-
-
-TURN = "\n\nAssistant:"  # the reply's start in a transcript as HH has it
-
-
-def side_of(entry: dict, name: str) -> tuple[Any, str]:
-    """One side of a preference as (prompt, response).  Raises LeftOut if it ends with the human.
-    Without a `prompt` it must be a whole conversation."""
-    given = prompt_of(entry)[0] if entry.keys() & {*PROMPT_COLUMNS, "messages"} else None
-    side = entry[name]
-    if isinstance(side, str):
-        whole = side.startswith("\n\nHuman:") and TURN in side
-        if given is not None and not (whole and isinstance(given, str) and TURN not in given):
-            return given, side
-        start, turn, response = side.rpartition(TURN)
-        require(start.strip(), f"without a `prompt` the field {name!r} must be a transcript: a "
-                f"prompt, {TURN!r}, and a response")
-        if "\n\nHuman:" in response:
-            raise LeftOut("ending with the human")
-        return start + turn, response
-    *before, last = side
-    if last["role"] != "assistant":
-        raise LeftOut("ending with the human")
-    if not before and given is None:
-        raise KeyError("prompt")
-    if before and given is not None:  # the prompt once, which the side repeats
-        given = as_messages(given)
-        require(repeats(side, [m for m in given if m["role"] != "system"]),
-                f"the field {name!r} is a conversation without the row's prompt in it")
-        before = [m for m in given if m["role"] == "system" and m not in side] + before
-    return before or given, last["content"]
-
-
-def ranking_of(part: str, entry: dict, notes: Counter) -> Ranking:
-    """An entry's preference."""
-    if "ranked" in entry:
-        name_in(entry, "ranked", "chosen", "rejected")  # one alone
-        (prompt, _), texts = prompt_of(entry), entry["ranked"]
+    Raises LeftOut if it does not end with a reply, ValueError if it is no conversation.
+    """
+    if isinstance(conversation, list):
+        *prompt, last = conversation
+        replied, response = last["role"] == "assistant", last["content"]
     else:
-        (prompt, chosen), (other, rejected) = side_of(entry, "chosen"), side_of(entry, "rejected")
-        if prompt_key(prompt) != prompt_key(other):
-            raise LeftOut("differing in more than the last response")
-        texts = [chosen, rejected]
-    if isinstance(prompt, str) and all(text.startswith(prompt) for text in texts):
-        notes["repeated their prompt in every response: read once"] += 1
-        texts = [text[len(prompt):] for text in texts]
-    responses = tuple(text for text in texts if text.strip())
-    if len(responses) < 2:
+        start, turn, response = conversation.rpartition(TURN)
+        if not start.strip():
+            raise ValueError("without a `prompt`, `chosen` and `rejected` must be transcripts: a "
+                             f"prompt, {TURN!r}, and a response")
+        prompt, replied = start + turn, "\n\nHuman:" not in response
+    if not replied:
+        raise LeftOut("that do not end with the assistant")
+    return prompt, response
+
+
+def preference_of(row: dict) -> Preference:
+    """A row's preference; a prompt that both sides repeat is read once."""
+    given, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    prompts = [given, given]
+    for i, side in enumerate(sides):
+        if isinstance(side, list) or given is None:  # a whole conversation, or its last message
+            before, sides[i] = last_turn(side)
+            if isinstance(given, list) and before not in ([], given):
+                raise ValueError("the field 'prompt' and the conversations beside it differ")
+            prompts[i] = before or given
+    if not all(prompts):
+        raise KeyError("prompt")
+    if isinstance(given, str) and all(side.startswith(given) for side in sides):
+        sides = [side[len(given):] for side in sides]
+    if prompt_key(prompts[0]) != prompt_key(prompts[1]):
+        raise LeftOut("that differ in more than the last response")
+    if not all(side.strip() for side in sides):
         raise LeftOut("with an empty response")
-    notes["blank responses in `ranked` left out"] += len(texts) - len(responses)
-    equal = len(set(responses)) < len(responses)
-    notes["with two equal responses, from which nothing is learnt"] += equal
-    return Ranking(prompt, responses)
+    return Preference(prompts[0], *sides)
 
 
-@functools.lru_cache(maxsize=2)
-def read_preferences(source: str, share: float, seed: int,
-                     most: Optional[int]) -> tuple[list[Ranking], list[Ranking]]:
-    """Preferences for training and held out, split by prompt: the files, folders and splits whose
-    name says test, valid or eval are held out; where none or all do, prompts by hash and seed."""
-    found = list(parsed_entries(source, PREFERENCE_COLUMNS,
-                                lambda part, *entry: (part, ranking_of(part, *entry))))
-    require(found, f"{source}: no usable preference")
-    named = test_parts(part for part, _ in found)
-    test = [ranking for part, ranking in found if (
-        part in named if named else is_held_out(ranking.prompt, share, seed))]
-    hidden = {prompt_key(p.prompt) for p in test}
-    train = [p for _, p in found if prompt_key(p.prompt) not in hidden]
-    require(train, f"{source}: no preference is left to train on")
-    require(test, f"{source}: no preference is held out; give more data or a larger --held_out")
-    order = random.Random(seed)
+def sample_of(row: dict) -> Sample:
+    """A row's sample; without a response it is a prompt to answer."""
+    prompt, response = row.get("prompt"), row.get("response")
+    if "messages" in row:
+        if prompt is not None or response is not None:
+            raise ValueError("the field 'messages' stands beside 'prompt' or 'response': give one")
+        prompt = row["messages"]
+        if prompt[-1]["role"] == "assistant":
+            prompt, response = last_turn(prompt)
+    if prompt is None:
+        raise KeyError("prompt")
+    if response is None and "reward" in row:
+        raise ValueError("the field 'reward' has no response beside it")
+    if row.get("weight", 0) < 0:
+        raise ValueError("the field 'weight' must not be below 0")
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
+        raise LeftOut("with an empty prompt")
+    return Sample(prompt, response, row.get("reward"), row.get("weight"),
+                  row.get("source", "given"), row.get("truncated", False))
+
+
+@dataclass
+class Data:
+    """What a run reads, split by prompt; nothing held out is trained on."""
+    preferences: list[Preference]           # to train the reward model on
+    held_out_preferences: list[Preference]
+    prompts: list                           # distinct, of the samples, or else of the preferences
+    held_out_prompts: list                  # distinct, of both
+    hidden: set[int]                        # hashes of the held-out prompts
+
+
+def read_data(cfg: Config, base: Stage) -> Data:
+    """Reads, checks and splits --preferences and the prompts of --samples, or the toy world's."""
+    codec = Codec(base.path, cfg)
+    pairs: list[tuple[str, Preference]] = []
+    samples: list[tuple[str, Sample]] = []
+    if cfg.toy or cfg.preferences:
+        source = cfg.preferences or toy_data(cfg.out, cfg.seed)
+        pairs = list(read_rows(source, PREFERENCE_FIELDS, cfg.columns,
+                               lambda row: checked(codec, preference_of(row))))
+        require(pairs, f"{source}: no usable preference")
+    if cfg.samples:
+        rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns,
+                         lambda row: checked(codec, sample_of(row)), quiet=True)
+        samples = [(part, Sample(sample.prompt)) for part, sample in rows]
+        require(samples, f"{cfg.samples}: no usable row")
+    hidden = held_out_hashes(pairs, cfg) | held_out_hashes(samples, cfg)
+    train, test = [], []
+    for _, pair in pairs:
+        (test if prompt_hash(pair.prompt) in hidden else train).append(pair)
+    order = random.Random(cfg.seed)
     order.shuffle(train)
     order.shuffle(test)
-    used = train[:most]
-    left = {"as their prompt is held out": len(found) - len(test) - len(train),
-            "by --max_pairs": len(train) - len(used)}
-    print0(f"  {len(used):,} preferences to train on, {len(test):,} held out, split by prompt"
-           + "".join(f"; {count:,} left out {why}" for why, count in left.items() if count))
-    return used, test
+    prompts = distinct_prompts([s for _, s in samples] or train)
+    held_out = distinct_prompts(test + [s for _, s in samples if prompt_hash(s.prompt) in hidden])
+    data = Data(train, test, [p for p in prompts if prompt_hash(p) not in hidden], held_out, hidden)
+    require(data.prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
+    require(held_out or not cfg.eval_prompts, "too few prompts to hold any out: give more data, a "
+            "larger --held_out, or --eval_prompts 0")
+    print0(f"  prompts: {len(data.prompts):,} to train on, {len(held_out):,} held out"
+           + (f"; preferences: {len(train):,} and {len(test):,}" if pairs else ""))
+    return data
 
 
-def test_parts(parts: Iterable[str]) -> set[str]:
-    """The files or splits that their names hold out; none where all would be."""
-    found = set(parts)
-    named = {part for part in found if re.search(
+def checked(codec: Codec, entry: Any) -> Any:
+    """The preference or sample.  Raises LeftOut if its prompt cannot be used, BadInput if its
+    response cannot be rendered after the prompt."""
+    codec.prompt(entry.prompt)
+    given = isinstance(entry, Preference) or entry.response and entry.source != "generated"
+    require(not codec.opened or not given or isinstance(entry.prompt, str), codec.why_opened())
+    return entry
+
+
+def held_out_hashes(rows: list[tuple[str, Any]], cfg: Config) -> set[int]:
+    """Hashes of the prompts that one source holds out: those in files, folders and splits whose
+    name says test, valid or eval; where none or all do, a share of them by hash and seed, so that
+    all scripts agree."""
+    parts = {part for part, _ in rows}
+    test = {part for part in parts if re.search(
         r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)", part)}
-    return named if named < found else set()
+    if test and test < parts:
+        return {prompt_hash(row.prompt) for part, row in rows if part in test}
+    share = 2**32 * cfg.held_out
+    return {prompt_hash(row.prompt) for _, row in rows
+            if zlib.crc32(f"{cfg.seed} {prompt_key(row.prompt)}".encode()) < share}
 
 
-def load_preferences(cfg: Config) -> tuple[list[Ranking], list[Ranking]]:
-    """The run's preferences, for training and held out."""
-    source = toy_data(cfg.out, cfg.seed) if cfg.toy else cfg.preferences
-    return read_preferences(source, cfg.held_out, cfg.seed, cfg.max_pairs)
+def distinct_prompts(rows: list) -> list:
+    """The prompts of preferences or samples, each once, in order."""
+    return list({prompt_hash(row.prompt): row.prompt for row in rows}.values())
 
 
 def prompt_key(prompt: Any) -> str:
@@ -1305,59 +1112,24 @@ def prompt_hash(prompt: Any) -> int:
     return int.from_bytes(digest, "big")
 
 
-def is_held_out(prompt: Any, share: float, seed: int) -> bool:
-    """Whether a prompt is held out: a matter of prompt and seed, so that all scripts agree."""
-    return zlib.crc32(f"{seed} {prompt_key(prompt)}".encode()) / 2**32 < share
-
-
-@functools.lru_cache(maxsize=4)
-def read_prompts(source: str) -> tuple[list, set[str]]:
-    """Distinct prompts of entries of any of the shapes above, in order, and the keys of those in
-    test_parts()."""
-    def parse(part: str, entry: dict, notes: Counter) -> tuple[str, Any]:
-        if "chosen" not in entry:
-            return part, prompt_of(entry)[0]
-        side = {name: entry[name] for name in entry if name != "messages"}
-        return part, side_of(side, "chosen")[0]
-    found = list(parsed_entries(source, PREFERENCE_COLUMNS | {"messages"}, parse,
-                                " for their prompts"))
-    named = test_parts(part for part, _ in found)
-    return (list({prompt_key(prompt): prompt for _, prompt in found}.values()),
-            {prompt_key(prompt) for part, prompt in found if part in named})
-
-
-def split_prompts(cfg: Config, held_out: bool) -> list:
-    """Distinct prompts, held out or not: of --prompts, --preferences, --samples or --responses."""
-    source = cfg.prompts or cfg.preferences or cfg.samples or cfg.responses
-    if cfg.prompts or not (cfg.preferences or cfg.toy):
-        prompts, tested = read_prompts(source)
-        found = [p for p in prompts if held_out == (
-            prompt_key(p) in tested if tested else is_held_out(p, cfg.held_out, cfg.seed))]
-    else:
-        rankings = load_preferences(cfg)[held_out]
-        found = list({prompt_key(r.prompt): r.prompt for r in rankings}.values())
-    require(found or held_out and not cfg.eval_prompts, f"{source}: too few prompts to hold any "
-            "out; give more, a larger --held_out, --prompts to evaluate on, or --eval_prompts 0")
-    return found
-
-
 # ---------------------------------------------------------------------------------------- batches
-# Samples are tokenised once, into flat arrays on disk; a step slices them, in an order that comes
-# from the seed alone.
+# Samples are tokenised once, into flat arrays on disk; a step slices them, in an order that depends
+# on the seed alone.
 
 
 class Example(NamedTuple):
     """A sequence, and what a loss needs beside."""
     ids: np.ndarray      # (T,) int32
-    mask: np.ndarray     # (T,) bool, the response mask
+    mask: np.ndarray     # (T,) bool, the response mask: the last tokens
     weight: float = 1.0
     columns: tuple = ()  # PPO's: a number for each response token
 
 
 class Tokens:
-    """The (ids, mask) of sequences(), end to end, memory-mapped: 5 bytes a token and node."""
+    """Sequences (ids, mask), memory-mapped in a folder at 5 bytes a token."""
 
     def __init__(self, folder: Path, sequences: Callable[[], Iterable[tuple]]):
+        """Rank 0 writes what sequences() yields."""
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             ends = [0]
@@ -1380,13 +1152,17 @@ class Tokens:
 
 
 class Examples:
-    """What a policy trains on: some of the samples, each with a weight; tag(i, epoch) is the ids
-    that go between sample i's prompt and its response."""
+    """What a policy trains on: some of the samples, each with a weight.
+
+    tag(i, epoch) is the ids that go between the prompt and the response of sample i.
+    draw(epoch) is the samples of an epoch, as indices into these examples; omitted: each once.
+    """
 
     def __init__(self, tokens: Tokens, indices: Optional[np.ndarray] = None,
                  weight: Optional[np.ndarray] = None,
-                 tag: Callable[[int, int], list[int]] = lambda i, epoch: []):
-        self.tokens, self.tag = tokens, tag
+                 tag: Optional[Callable[[int, int], list[int]]] = None,
+                 draw: Optional[Callable[[int], np.ndarray]] = None):
+        self.tokens, self.tag, self.draw = tokens, tag, draw
         self.indices = np.arange(len(tokens.lengths)) if indices is None else indices
         self.weight = np.ones(len(tokens.lengths)) if weight is None else weight
 
@@ -1396,11 +1172,12 @@ class Examples:
     def example(self, i: int, epoch: int = 0) -> Example:
         """The i-th example as this epoch reads it."""
         index = int(self.indices[i])
-        (ids, mask), tag = self.tokens[index], self.tag(index, epoch)
+        ids, mask = self.tokens[index]
+        tag = self.tag(index, epoch) if self.tag else []
         if tag:
-            at = np.flatnonzero(np.append(True, ~mask))[-1]  # where the last response begins
-            ids = np.concatenate([ids[:at], tag, ids[at:]])
-            mask = np.concatenate([mask[:at], [False] * len(tag), mask[at:]])
+            start = len(mask) - int(mask.sum())  # where the response begins
+            ids = np.concatenate([ids[:start], tag, ids[start:]])
+            mask = np.concatenate([mask[:start], [False] * len(tag), mask[start:]])
         return Example(ids, mask, float(self.weight[index]))
 
 
@@ -1417,43 +1194,64 @@ class MicroBatch(NamedTuple):
 class Batch:
     """An optimiser step: this rank's micro-batches, and what their losses' sum is divided by."""
 
-    def __init__(self, examples: list[Example], cfg: Config):
-        shares = group_by_token_budget([len(e.ids) for e in examples], cfg.forward_tokens, True)
-        self.micros = [collate([examples[i] for i in share or [0]], bool(share))
-                       for share in shares]
+    def __init__(self, examples: list[Example], cfg: Config, padded: bool):
+        lengths = [len(e.ids) for e in examples]
+        shares = shard_micro_batches(lengths, cfg.micro_batch_tokens, padded)
+        self.micros = [micro_batch(examples, share) for share in shares]
         self.tokens = int(sum(e.mask.sum() for e in examples))  # of responses, on all ranks
         self.normaliser = max(1, self.tokens) / world_size()    # DDP averages over ranks
 
 
+def micro_batch(examples: list[Example], share: list[int]) -> MicroBatch:
+    """The examples of a share.  A rank whose share is empty still joins every forward, as the
+    others' collectives wait for it: it reads the first example, and learns nothing from it."""
+    if not share:
+        return collate(examples[:1], learnt=False)
+    return collate([examples[i] for i in share])
+
+
 def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
-    """Examples as packed tensors.  Not `learnt`, N = 0: a rank that has run out of micro-batches
-    still joins every forward, as the others' collectives wait for it."""
+    """Examples as packed tensors; not `learnt`: with N = 0."""
     lengths = [len(e.ids) for e in examples]
-    mask = np.concatenate([np.append(e.mask[1:], False) for e in examples]) & learnt
-    ids, rows = np.concatenate([e.ids for e in examples]), np.flatnonzero(mask)  # t predicts t + 1
+    ids = np.concatenate([e.ids for e in examples])
+    predicts = np.concatenate([np.append(e.mask[1:], False) for e in examples])  # t predicts t + 1
+    rows = np.flatnonzero(predicts & learnt)
     weight = np.repeat([e.weight for e in examples], lengths)[rows]
-    columns = [np.concatenate(each)[:len(rows)] for each in zip(*(e.columns for e in examples))]
-    ids, rows, weight, *columns = (
-        torch.as_tensor(x).to(device(), dtype, non_blocking=True)
-        for x, dtype in ((ids, torch.int64), (rows, torch.int64),
-                         *((c, torch.float32) for c in (weight, *columns))))
-    return MicroBatch(ids, lengths, rows, ids[rows + 1], weight, columns)
+    columns = [np.concatenate(column)[:len(rows)] for column in zip(*(e.columns for e in examples))]
+
+    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.as_tensor(array).to(device(), dtype, non_blocking=True)
+    ids, rows = tensor(ids, torch.int64), tensor(rows, torch.int64)
+    return MicroBatch(ids, lengths, rows, ids[rows + 1], tensor(weight, torch.float32),
+                      [tensor(column, torch.float32) for column in columns])
 
 
-def group_by_token_budget(lengths: list[int], budget: int,
-                          over_ranks: bool = False) -> list[list[int]]:
-    """Indices into lengths, longest first, cut so that count * longest <= budget, one at least;
-    `over_ranks` this rank's share, of as many groups as the others have, [] where it has no more.
-    """
-    order, first = sorted(range(len(lengths)), key=lambda i: -lengths[i]), 0
-    here, ranks = (rank(), world_size()) if over_ranks else (0, 1)
+def group_by_token_budget(lengths: list[int], budget: int, padded: bool) -> list[list[int]]:
+    """Indices into lengths, longest first, in groups of at most `budget` tokens, one sequence at
+    least: count x longest where they are padded, their sum where they are packed."""
     groups: list[list[int]] = []
-    for i in range(0, len(order), ranks):  # one sequence for each rank
-        if not groups or (i - first + ranks) * lengths[order[first]] > budget * ranks:
+    longest = total = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        held = longest * (len(groups[-1]) + 1) if groups and padded else total + lengths[i]
+        if not groups or held > budget:
             groups.append([])
-            first = i
-        groups[-1] += order[i:i + ranks][here:here + 1]
+            longest, total = lengths[i], 0
+        groups[-1].append(i)
+        total += lengths[i]
     return groups
+
+
+def shard_micro_batches(lengths: list[int], budget: int, padded: bool) -> list[list[int]]:
+    """This rank's groups of sequences; as many as every other rank has, the last perhaps empty."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    by_rank = []
+    for r in range(world_size()):
+        own = order[r::world_size()]
+        groups = group_by_token_budget([lengths[i] for i in own], budget, padded)
+        by_rank.append([[own[j] for j in group] for group in groups])
+    most = max(map(len, by_rank))
+    own = by_rank[rank()]
+    return own + [[]] * (most - len(own))
 
 
 def count_steps(examples: int, cfg: Config) -> int:
@@ -1461,15 +1259,15 @@ def count_steps(examples: int, cfg: Config) -> int:
     return cfg.steps or cfg.epochs * math.ceil(examples / cfg.batch_size)
 
 
-def step_indices(examples: int, cfg: Config, steps: int,
+def step_indices(examples: int, batch_size: int, seed: int, steps: int,
                  first: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
     """(step, epoch, its examples) from the `first` step on; each epoch has an order of its own."""
-    per_epoch = math.ceil(examples / cfg.batch_size)
+    per_epoch = math.ceil(examples / batch_size)
     for step in range(first, steps):
-        epoch, start = step // per_epoch, step % per_epoch * cfg.batch_size
+        epoch, start = step // per_epoch, step % per_epoch * batch_size
         if step == first or start == 0:
-            order = np.random.default_rng((cfg.seed, epoch)).permutation(examples)
-        yield step, epoch, order[start:start + cfg.batch_size]
+            order = np.random.default_rng((seed, epoch)).permutation(examples)
+        yield step, epoch, order[start:start + batch_size]
 
 
 def print_plan(examples: int, cfg: Config) -> None:
@@ -1487,39 +1285,53 @@ FORWARD_ONLY = 4  # times as many tokens where no activations are kept
 @torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
 def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: Any,
                         examples: list[Example], cfg: Config, cost: Cost) -> list[list[float]]:
-    """What compute(micro-batch) -> (N,), which runs `model`, finds of each response token, on every
-    rank; ranks share the work."""
-    found, budget = {}, FORWARD_ONLY * cfg.forward_tokens
-    for share in group_by_token_budget([len(e.ids) for e in examples], budget, True):
-        micro = collate([examples[i] for i in share or [0]], bool(share))
-        cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
-                         len(micro.rows))
-        values = iter(compute(micro).tolist())
-        found |= {i: list(itertools.islice(values, int(examples[i].mask.sum()))) for i in share}
-    return gather_by_index(found, len(examples))
+    """compute(micro-batch) -> (N,), by `model`, as a list for each response, on every rank; ranks
+    share the work."""
+    values: dict[int, list[float]] = {}
+    lengths = [len(e.ids) for e in examples]
+    budget = FORWARD_ONLY * cfg.micro_batch_tokens
+    for share in shard_micro_batches(lengths, budget, is_padded(model)):
+        micro = micro_batch(examples, share)
+        cost.add_forward(model, len(micro.input_ids))
+        sizes = [int(examples[i].mask.sum()) for i in share]
+        each = compute(micro).split(sizes) if share else compute(micro)[:0]
+        values |= {i: tokens.tolist() for i, tokens in zip(share, each)}
+    return gather_by_index(values, len(examples))
 
 
 # ------------------------------------------------------------------------------- packed attention
 # A micro-batch is one line of tokens, sequence after sequence, by transformers' own contract: where
 # each begins travels as `cu_seq_lens_q` to the attention function.  It builds no mask.
 
-PACKED = "packed"     # what transformers calls attention(), below
-PADDED_BELOW = 256    # hidden width: to smaller models padding costs less than a call a sequence
+PACKED = "packed"     # transformers' name for attention(), below
+PADDED_BELOW = 256    # hidden width: for smaller models padding costs less than a call a sequence
+IGNORED = frozenset((  # what transformers hands to every attention function, and changes nothing
+    "position_ids", "cache_position", "cu_seq_lens_k", "max_length_k", "use_cache", "return_dict",
+    "output_attentions", "output_hidden_states", "output_router_logits"))
 
 
 def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-              mask: Optional[torch.Tensor], scaling: Optional[float] = None,
-              sliding_window: Optional[int] = None, cu_seq_lens_q: Optional[torch.Tensor] = None,
-              max_length_q: int = 0, slots: Optional[Slots] = None,
-              **_: Any) -> tuple[torch.Tensor, None]:
-    """Causal attention, (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), of
-    the sampler's new tokens to their slots (T = 1), or of whole sequences."""
+              attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None,
+              dropout: float = 0.0, sliding_window: Optional[int] = None,
+              is_causal: Optional[bool] = None, cu_seq_lens_q: Optional[torch.Tensor] = None,
+              max_length_q: int = 0, kv_step: Any = None,
+              **more: Any) -> tuple[torch.Tensor, None]:
+    """Causal attention, (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), as
+    the sampler's `kv_step` does it, or of whole sequences.
+
+    Raises TypeError for what it does not know: a mask, sinks, a soft-cap, sparse blocks.
+    """
     sdpa = torch.nn.functional.scaled_dot_product_attention
     heads, t = query.shape[1:3]
+    unknown = [name for name, given in more.items() if given is not None and name not in IGNORED]
+    if attention_mask is not None or dropout or (is_causal is False and t > 1):
+        unknown.append("a mask of the model's own, or dropout")
+    if unknown:
+        raise TypeError(f"its attention takes {', '.join(unknown)}")
+    if kv_step is not None:
+        return kv_step.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
+                              max_length_q), None
     group, window = heads // key.shape[1], sliding_window or 2**31
-    if slots is not None:
-        return slots.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
-                            max_length_q), None
     if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
@@ -1528,53 +1340,17 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
             cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
             window_size=(window - 1 if window < max_length_q else -1, 0))[None], None
     if cu_seq_lens_q is not None:
-        each = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)))
-        return torch.cat([attention(module, *qkv, None, scaling, sliding_window)[0]
-                          for qkv in each], dim=1), None
+        lengths = cu_seq_lens_q.diff().tolist()
+        sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+        return torch.cat([attention(module, *qkv, None, scaling, sliding_window=sliding_window)[0]
+                          for qkv in sequences], dim=1), None
     band = None
     if t > window:
         band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - window)
     if query.is_cuda:  # its fast float32 kernels know no grouped heads
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     return sdpa(query, key, value, band, is_causal=band is None, scale=scaling,
-                enable_gqa=True).transpose(1, 2), None
-
-
-@torch.no_grad()
-def enable_packing(model: Any) -> Any:
-    """The model, made to read packed sequences if two of them, longer than its windows (made small
-    for this), and a token sampled after each are read as each alone is."""
-    from transformers import AttentionInterface
-    AttentionInterface.register(PACKED, attention)
-    if model.config._attn_implementation != "sdpa":
-        return model
-    windows = [(part, name, value) for part in [model.config.get_text_config(), *model.modules()]
-               for name in ("sliding_window", "attention_chunk_size")
-               if isinstance(value := getattr(part, name, None), int)]
-    vocabulary = model.get_input_embeddings().num_embeddings
-    a, b = (torch.arange(24, device=model.device) * 1009 % vocabulary).split([9, 15])
-    try:
-        for part, name, _ in windows:
-            setattr(part, name, 6)
-        alone = [model.base_model(input_ids=ids[None]).last_hidden_state[0] for ids in (a, b)]
-        model.set_attn_implementation(PACKED)
-        slots = Slots(2, 16)
-        packed = slots.read(model, {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]})
-        last = slots.decode(model, torch.stack([a[-1], b[-1]]),
-                            torch.tensor([8, 14], device=model.device))
-        ours, theirs = torch.cat([packed[:8], last[:1], packed[8:], last[1:]]), torch.cat(alone)
-        near = 1e-3 if model.dtype.itemsize > 2 and model.device.type == "cpu" else 0.1
-        proven = (ours - theirs).float().norm() < near * theirs.float().norm()
-    except Exception:  # whatever the code of some other architecture raises
-        proven = False
-    finally:
-        for part, name, value in windows:
-            setattr(part, name, value)
-    if not proven:
-        model.set_attn_implementation("sdpa")
-        print0(f"  a {type(model).__name__} does not read packed sequences as if each were alone: "
-               "padded, and sampled by transformers' generate")
-    return model
+                enable_gqa=True).transpose(1, 2).contiguous(), None
 
 
 def body_of(model: Any) -> Any:
@@ -1582,12 +1358,22 @@ def body_of(model: Any) -> Any:
     return model.base_model if model.base_model is not model else model.model
 
 
-def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **slots: Any) -> torch.Tensor:
-    """The body's last hidden states (T, D) of packed sequences, ids (T,), which fill `slots`."""
+def is_packed(model: Any) -> bool:
+    """Whether the model was proven to read packed sequences."""
+    return model.config.get_text_config()._attn_implementation == PACKED
+
+
+def is_padded(model: Any) -> bool:
+    """Whether the model's micro-batches are padded: it cannot be packed, or is too small for it."""
+    return not is_packed(model) or model.config.get_text_config().hidden_size < PADDED_BELOW
+
+
+def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int],
+                  kv_step: Any = None) -> torch.Tensor:
+    """The body's last hidden states (T, D) of sequences of these lengths, ids (T,) end to end.
+    With `kv_step` they are packed, and its attend() replaces attention()."""
     body = body_of(model)
-    config = model.config.get_text_config()
-    packed = config._attn_implementation == PACKED and config.hidden_size >= PADDED_BELOW
-    if not (packed or slots):
+    if kv_step is None and is_padded(model):
         # padding comes after a sequence, where causal attention does not look: no mask is needed
         padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
         hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
@@ -1595,33 +1381,182 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int], **slots: An
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
+    step = {} if kv_step is None else {"kv_step": kv_step}
     return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
                 cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
-                use_cache=False, **slots).last_hidden_state[0]
+                use_cache=False, **step).last_hidden_state[0]
+
+
+def enable_packing(model: Any) -> Any:
+    """The model, made to read packed sequences if it is proven to read each as if it were alone;
+    else as it was, to be padded, and the reason is printed."""
+    from transformers import AttentionInterface
+    AttentionInterface.register(PACKED, attention)
+    implementation = model.config._attn_implementation
+    try:
+        pair = some_ids(model, 24).split([9, 15])
+        with torch.no_grad():
+            alone = [hidden_states(model, ids, [len(ids)]) for ids in pair]
+        model.set_attn_implementation(PACKED)
+        reason = packing_obstacle(model, pair, alone)
+    except Exception as problem:  # whatever the code of some other architecture raises
+        reason = f"{problem}".split("\n")[0] or type(problem).__name__
+    if reason:
+        model.set_attn_implementation(implementation)
+        print_once(f"  a {type(model).__name__} is padded: {reason}")
+    return model
+
+
+def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Optional[str]:
+    """Why two sequences, each of which gives `alone` hidden states, are not read so when packed;
+    None if they are, and nothing but attention() mixes tokens, which keeps sequences apart."""
+    windows = layer_windows(model.config.get_text_config())
+    probe, count = OwnTokenStep(), 5
+    states, embedded = traced(model, lambda: hidden_states(model, pair[0][:count], [count], probe))
+    for t in range(count):
+        influence = influences(states[t], embedded)                             # (T,)
+        influence[t] = 0
+        if not (influence == 0).all():
+            return "it mixes tokens where nothing tells it which sequence each belongs to"
+    if len(set(probe.layers)) < len(probe.layers):
+        return "it calls an attention layer several times in a forward"
+    if probe.windows != windows:
+        return "its layers and its config disagree about sliding windows"
+    with torch.no_grad():
+        cache, (a, b) = KVCache(2, max(map(len, pair))), pair
+        packed = cache.read_prompts(model, {tuple(a[:-1].tolist()): [0],
+                                            tuple(b[:-1].tolist()): [1]})       # (T - 2, D)
+        last = cache.decode(model, torch.stack([a[-1], b[-1]]),
+                            torch.tensor([len(a) - 1, len(b) - 1], device=a.device))    # (2, D)
+    first = len(a) - 1
+    ours, theirs = torch.cat([packed[:first], last[:1], packed[first:], last[1:]]), torch.cat(alone)
+    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    error = (ours - theirs).float().norm() / theirs.float().norm()
+    return None if error < (1e-4 if exact else 0.05) else "its positions or scales differ there"
+
+
+class OwnTokenStep:
+    """A stand-in for attention in which each token sees its own query, key and value alone; notes
+    the layers that call it, and their windows."""
+
+    def __init__(self) -> None:
+        self.layers, self.windows = [], []
+
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
+        """(B, heads, T, D) -> (B, T, heads, D), linear in value, so that no gradient saturates."""
+        self.layers.append(layer)
+        self.windows.append(window)
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+        return ((query * key).mean(-1, keepdim=True) * value).transpose(1, 2).contiguous()
+
+
+def layer_windows(config: Any) -> list[Optional[int]]:
+    """The sliding window of each layer by the text model's config.  Raises ValueError where a layer
+    is neither full nor sliding attention."""
+    windows = {"full_attention": None, "sliding_attention": getattr(config, "sliding_window", None)}
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    other = sorted({*map(str, kinds)} - windows.keys())
+    if getattr(config, "attention_chunk_size", None):
+        other.append("attention in chunks")
+    if other:
+        raise ValueError(f"it has layers of {', '.join(other)}")
+    return [windows[kind] for kind in kinds]
+
+
+def check_causal(name: str, model: Any) -> None:
+    """Raises BadInput if a token's hidden state depends on a later token."""
+    ids = some_ids(model, 9)
+    states, embedded = traced(model, lambda: hidden_states(model, ids, [len(ids)]))
+    require(not influences(states[:-1], embedded)[-1] > 0,
+            f"{name}: its attention looks ahead, so it is no causal language model")
+
+
+def some_ids(model: Any, count: int) -> torch.Tensor:
+    """Token ids (count,) from all over the vocabulary."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.arange(count, device=model.device) * 1009 % vocabulary
+
+
+def traced(model: Any, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """run()'s hidden states (T, D), and the input embeddings (1, T, D) that they depend on."""
+    embedded = []
+
+    def cut(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            return run(), embedded[0]
+    finally:
+        hook.remove()
+
+
+def influences(states: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+    """How much the hidden states (..., D) depend on each of the embeddings (1, T, D): (T,)."""
+    direction = torch.linspace(1, 2, states.shape[-1], device=states.device)  # no norm undoes it
+    gradient, = torch.autograd.grad((states.float() * direction).sum(), embedded, retain_graph=True)
+    return gradient[0].abs().amax(-1)
 
 
 # ----------------------------------------------------------------------------------------- models
 
 
+def check_model(name: str, reward_model: bool) -> None:
+    """Raises BadInput if the architecture of this folder or Hub id cannot be trained, or, where a
+    `reward_model` is to be trained from it, has no classifier.  Reads no weights."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
+        AutoModelForCausalLM)
+    with load_errors(name, "a causal language model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    kind = config.model_type
+    require(not config.is_encoder_decoder, f"{name}: {kind} is an encoder-decoder; give a "
+            "decoder-only language model")
+    require(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING,
+            f"{name}: transformers has no causal language model of type {kind}")
+    with load_errors(name, "a causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_layers(name, model)
+    require(not reward_model or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            f"{name}: transformers has no sequence classifier for {kind}, so no reward model can "
+            "be trained from it; give a --reward_model of another family or FILE.py:FUNCTION, or "
+            "--samples with rewards")
+
+
+def check_layers(name: str, model: Any) -> None:
+    """Raises BadInput unless the model begins in an embedding and ends in a plain linear head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    require(isinstance(embedding, torch.nn.Embedding),
+            f"{name}: a {type(model).__name__} has no embedding of its tokens")
+    require(type(head) is torch.nn.Linear and head.bias is None,
+            f"{name}: the fused loss needs an output head that is a linear layer without a bias")
+
+
 def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None,
                kind: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
-    """A transformers model on this rank's device, in eval mode for ever: with dropout, a gradient
-    would depend on how a batch is cut.
+    """A transformers model on this rank's device, always in eval mode (dropout off): with dropout,
+    a gradient would depend on how a batch is cut.
 
-    Raises BadInput where a weight is missing or unknown, but for those of `heads`, or not finite.
+    Raises BadInput if a weight is missing or unknown, except those whose names start with `heads`.
     """
     import transformers
     with load_errors(name, f"weights of {kind}"):
         model, report = getattr(transformers, kind).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **more)
-    wrong = [f"{key} ({how})" for how in ("missing", "unexpected", "mismatched")
-             for key in sorted(map(str, report[f"{how}_keys"])) if not key.startswith(heads)
-             and not re.search(r"\battn(\.attention)?\.(masked_)?bias$", key)]  # a buffer
+    wrong = []
+    for how in ("missing", "unexpected", "mismatched"):
+        for key in sorted(map(str, report[f"{how}_keys"])):
+            is_buffer = re.search(r"\battn(\.attention)?\.(masked_)?bias$", key)  # GPT-2's old mask
+            if not key.startswith(heads) and not is_buffer:
+                wrong.append(f"{key} ({how})")
     require(not wrong, f"{name}: weights do not fit: {', '.join(wrong[:4])}, {len(wrong)} in all")
-    bad = [n for n, p in model.named_parameters() if not p.sum().isfinite()]
-    require(not bad, f"{name}: {bad and bad[0]} holds NaN or infinite weights")
-    model = enable_packing(model.to(where or device()).eval())
+    model = model.to(where or device()).eval()
+    check_causal(name, model)
+    enable_packing(model)
     if "Causal" in kind:
         check_linear_head(name, model)
     return model
@@ -1630,14 +1565,21 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
 @torch.no_grad()
 def check_linear_head(name: str, model: Any) -> None:
     """Raises BadInput unless logits are hidden states times head, scaled or soft-capped."""
-    head = model.get_output_embeddings()
-    require(head is not None and getattr(head, "bias", None) is None,
-            f"{name}: the fused loss needs a model with an output head, and without a bias there")
+    check_layers(name, model)
     ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
     ours = logits_of(model, hidden_states(model, ids, [8]))
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
     require(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())),
-            f"{name}: its logits are not hidden states times head, which the fused loss needs")
+            f"{name}: its logits are not hidden states times head, which the fused loss needs, or "
+            "not finite")
+
+
+def head_transform(model: Any) -> tuple[float, Optional[float]]:
+    """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), or without a cap."""
+    config = model.config.get_text_config()
+    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
+                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
+    return up * more / down, getattr(config, "final_logit_softcapping", None)  # Gemma
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -1654,56 +1596,60 @@ class Policy(torch.nn.Module):
     def __init__(self, model: Any, cfg: Config):
         super().__init__()
         self.model, self.dtype = model, compute_dtype(cfg)
-        self.temperature = cfg.temperature or 1.0
+        self.scale, self.cap = head_transform(model)
 
     def forward(self, micro: MicroBatch, kernel: Callable, *columns: torch.Tensor) -> torch.Tensor:
         """The kernel's loss, summed over the response tokens: a float32 scalar.  columns (N,)."""
-        with torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32):
-            hidden = hidden_states(self.model, micro.input_ids, micro.lengths)[micro.rows]  # (N, D)
-            return head_loss(kernel, hidden, self.model, micro.targets, *columns)
+        with self.autocast():
+            hidden, weight = self.head_inputs(micro)                                # (N, D), (V, D)
+            if self.cap:
+                kernel = functools.partial(capped_kernel, kernel, self.cap)
+            return head_loss(kernel, hidden, weight, micro.targets, *columns)
 
     @torch.no_grad()
-    def log_probs(self, micro: MicroBatch) -> torch.Tensor:
-        """Each response token's log-prob at --temperature, as forward finds it: (N,) float32."""
-        found = [micro.weight[:0]]
+    def log_probs(self, micro: MicroBatch, temperature: float) -> torch.Tensor:
+        """Each response token's log-prob at the temperature (0: at 1): (N,) float32."""
+        with self.autocast():
+            hidden, weight = self.head_inputs(micro)                                # (N, D), (V, D)
+            dtype = product_dtype(weight)
+        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)     # (N,)
+        for part, logits in logit_chunks(hidden.to(dtype), weight.to(dtype)):
+            if self.cap:
+                logits.div_(self.cap).tanh_().mul_(self.cap)
+            log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)             # (n, V)
+            log_probs[part] = log_p.gather(1, micro.targets[part, None]).squeeze(1)
+        return log_probs
 
-        def keep(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            log_p = (logits.float() / self.temperature).log_softmax(-1)             # (n, V)
-            found.append(log_p.gather(1, targets[:, None]).squeeze(1))
-            return found[-1]
-        Policy.forward(self, micro, keep)  # a subclass's does more
-        return torch.cat(found)
+    def autocast(self) -> torch.autocast:
+        """The compute dtype for matrix products."""
+        return torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def head_inputs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden states (N, D) that predict response tokens, scaled, and the head (V, D)."""
+        hidden = hidden_states(self.model, micro.input_ids, micro.lengths)[micro.rows]
+        return hidden * self.scale, self.model.get_output_embeddings().weight
 
 
-def load_policy(name: str, cfg: Config, frozen: bool = False, codec: Optional[Codec] = None,
-                new_tokens: tuple = ()) -> torch.nn.Module:
+def capped_kernel(kernel: Callable, cap: float, logits: torch.Tensor,
+                  *columns: torch.Tensor) -> torch.Tensor:
+    """head_loss's kernel on soft-capped logits, cap tanh(logits / cap); in place."""
+    logits.div_(cap).tanh_().mul_(cap)
+    slope = 1 - (logits / cap).square()  # d capped / d logits
+    loss = kernel(logits, *columns)
+    logits.mul_(slope)
+    return loss
+
+
+def load_policy(name: str, cfg: Config, frozen: bool = False) -> torch.nn.Module:
     """A policy, wrapped for several ranks: to train, with float32 weights, or frozen, for its
-    log_probs.  New tokens, never sampled, join the codec's and start as the mean embedding."""
+    log_probs, in the compute dtype."""
     whole = frozen and not is_sharded(cfg)
-    first = len(codec.tokenizer) if new_tokens else 0
-    if new_tokens:
-        codec.tokenizer.add_special_tokens({"additional_special_tokens": list(new_tokens)},
-                                           replace_extra_special_tokens=False)
-
-    def load(where: torch.device) -> Any:
-        model = load_model(name, compute_dtype(cfg) if whole else torch.float32, where)
-        return add_embeddings(model, first, len(codec.tokenizer)) if new_tokens else model
-    policy = Policy(load_for_training(load, cfg).requires_grad_(not frozen), cfg)
-    if new_tokens:
-        config, never = policy.model.generation_config, codec.tokenizer.convert_tokens_to_ids(
-            list(new_tokens))
-        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *never})
+    dtype = compute_dtype(cfg) if whole else torch.float32
+    model = load_for_training(functools.partial(load_model, name, dtype), cfg)
+    if frozen:
+        model.requires_grad_(False)
+    policy = Policy(model, cfg)
     return policy if whole else wrap_for_ranks(policy, cfg, "log_probs")
-
-
-@torch.no_grad()
-def add_embeddings(model: Any, first: int, end: int) -> Any:
-    """The model with embeddings for the tokens from `first` to `end`: the mean of those before."""
-    if end > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(end, mean_resizing=False)
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        layer.weight[first:end] = layer.weight[:first].mean(0)
-    return model
 
 
 def is_sharded(cfg: Config) -> bool:
@@ -1718,8 +1664,8 @@ def blocks_of(module: torch.nn.Module) -> list:
 
 
 def load_for_training(load: Callable, cfg: Config) -> Any:
-    """load(where=), with recomputed activations or compiled blocks where asked for; chooses
-    --micro_batch_tokens where it is not given.
+    """load(where=), with what text does not use frozen, and its blocks recomputed in backward where
+    the flags say so, else compiled on a GPU.
 
     To be sharded, rank 0 alone loads, on its CPU; other ranks get an untouched shape.
     """
@@ -1730,19 +1676,15 @@ def load_for_training(load: Callable, cfg: Config) -> Any:
         kind, config = gather((type(model), getattr(model, "config", None)))[0]
         model = model or meta_model(kind, config).to_empty(device="cpu")
         model.tie_weights()
-    if cfg.micro_batch_tokens is None and gpu:  # half of what weights, gradients, moments leave
-        shape, ranks = model.config.get_text_config(), world_size() if sharded else 1
-        weights = sum(p.numel() for p in model.parameters()) / ranks
-        free = (torch.cuda.mem_get_info()[0] - 12 * weights) / 2
-        layer = 2 * shape.hidden_size * (2 if cfg.gradient_checkpointing else 40)  # bytes a token
-        tokens = min(max(free / (layer * shape.num_hidden_layers), 2**11), 2**16)
-        cfg.micro_batch_tokens = min(gather(2 ** int(math.log2(tokens))))
-    cfg.micro_batch_tokens = cfg.forward_tokens
+    if model.config.get_text_config() is not model.config:  # of several modes
+        used = {*model.get_decoder().parameters(), *model.get_input_embeddings().parameters()}
+        for weight in {*body_of(model).parameters()} - used:
+            weight.requires_grad_(False)  # DDP would wait for a vision tower's gradient
     for block in blocks_of(model):
         if cfg.gradient_checkpointing:  # transformers' own needs training mode: some would drop out
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
                                               use_reentrant=False)
-        elif cfg.compile and gpu:
+        elif gpu:
             block.compile(dynamic=True)
     return model
 
@@ -1807,13 +1749,13 @@ def sampling_copy(model: Any, cfg: Config) -> Any:
     return whole_copy(model, dtype, device())
 
 
-def make_optimizer(model: torch.nn.Module, cfg: Config, steps: int) -> tuple[Any, Any]:
-    """AdamW with decay on matrices only, and its schedule: 3 % warm-up, then cosine to 0."""
+def make_optimizer(model: torch.nn.Module, lr: float, steps: int) -> tuple[Any, Any]:
+    """AdamW with weight decay on matrices only, and its schedule: 3 % warm-up, then cosine to 0."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in weights if p.dim() >= 2], "weight_decay": 0.1},
          {"params": [p for p in weights if p.dim() < 2], "weight_decay": 0.0}],
-        lr=cfg.lr, betas=(0.9, 0.99), fused=True)
+        lr=lr, betas=(0.9, 0.99), fused=True)
     warmup = max(1, round(0.03 * steps))
 
     def factor(step: int) -> float:
@@ -1828,7 +1770,8 @@ def save_folder(folder: Path, model: Any, codec: Codec, cfg: Config, card: str) 
     if is_sharded(cfg):
         model = whole_copy(model, compute_dtype(cfg), torch.device("meta" if rank() else "cpu"))
     if rank() == 0:
-        if generation := getattr(model, "generation_config", None):
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
             generation.eos_token_id = codec.stop_ids  # all that end a response
             if generation.temperature not in (None, 1.0):
                 generation.do_sample = True  # transformers refuses a temperature without
@@ -1838,31 +1781,40 @@ def save_folder(folder: Path, model: Any, codec: Codec, cfg: Config, card: str) 
     barrier()
 
 
-def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config, tag: str = "",
-                more: str = "") -> None:
-    """Writes the policy's folder; `more` goes at the end of its model card."""
-    import transformers
-    flags = ", ".join(f"{f.name} {getattr(cfg, f.name)}" for f in fields(cfg)
-                      if f.metadata["help"].stage == "training")
-    if tag:
-        after, n = codec.before + tag, len(codec.before_ids)  # a word marker would come before it
-        tag = f" + tokenizer({after!r}, add_special_tokens=False).input_ids[{n}:]"
-    base, algorithm = cfg.model or "the toy world's", folder.name.strip(".").removesuffix(".new")
-    data = cfg.samples or cfg.responses or cfg.preferences or cfg.prompts or "the toy world's"
-    save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, f"""---
+POLICY_CARD = """---
 base_model: {base}
 tags: [offline-rlhf, {algorithm}]
 ---
-Trained from `{base}` on `{data}` by {algorithm}: {flags}. Torch {torch.__version__}, transformers
-{transformers.__version__}. After *Aligning Language Models with Offline Reinforcement Learning from
-Human Feedback*, arXiv 2308.12050.
+Trained from `{base}` on `{data}` by {algorithm}, after *Aligning Language Models with Offline
+Reinforcement Learning from Human Feedback* (arXiv 2308.12050). Flags: {flags}. Torch {torch},
+transformers {transformers}.
 
 ```python
-ids = tokenizer(prompt).input_ids{tag}
-# of chat: tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-print(tokenizer.decode(model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=128)[0]))
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+ids = {bos}tokenizer(prompt, add_special_tokens=False).input_ids{tag}
+# chat: ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+reply = model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=256)[0, len(ids):]
+print(tokenizer.decode(reply, skip_special_tokens=True))
 ```
-{more}""")
+{end}"""
+
+
+def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config, tag: str = "",
+                card_end: str = "") -> None:
+    """Writes the policy's folder.  Its model card's recipe has `tag` after the prompt, and
+    `card_end` is its end."""
+    import transformers
+    flags = ", ".join(f"{name} {value}" for name, value in cfg.training_flags().items())
+    card = POLICY_CARD.format(
+        base=cfg.model or "the toy world's", data=cfg.samples or cfg.preferences or "the toy world",
+        algorithm=folder.name.strip(".").removesuffix(".new"), flags=flags, end=card_end,
+        torch=torch.__version__, transformers=transformers.__version__,
+        bos=f"{codec.bos} + " if codec.bos else "",
+        tag=f" + {codec.continuation(tag)}  # {tag!r}" if tag else "")
+    save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, card)
 
 
 # -------------------------------------------------------------------------------- fused head loss
@@ -1874,42 +1826,29 @@ CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**31}  # of logits, held at once
 EAGER_BELOW = 4096  # vocabulary: on a CPU, compiling for a smaller one costs more than it brings
 
 
-def head_loss(kernel: Callable, hidden: torch.Tensor, model: Any,
+def head_loss(kernel: Callable, hidden: torch.Tensor, weight: torch.Tensor,
               *columns: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of the kernel's loss, differentiable in hidden (N, D) and the model's head:
-    a scalar, float32 (float64 for float64); N = 0 gives a zero with gradients.
+    """Sum over rows of the kernel's loss, differentiable in hidden (N, D) and the head's weight
+    (V, D): a scalar, float32 (float64 for float64); N = 0 gives a zero with gradients.
 
     kernel(logits (n, V), *columns (n,)) must leave d loss / d logits in logits and return each
     row's loss (n,).
     """
-    assert getattr(model.get_output_embeddings(), "bias", None) is None, "logits without a bias"
-    weight, kind = model.get_output_embeddings().weight, hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    scale, cap = head_transform(model)
-
-    def capped(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
-        logits.div_(cap).tanh_().mul_(cap)
-        slope = 1 - (logits / cap).square()  # d capped / d logits
-        loss = kernel(logits, *columns)
-        logits.mul_(slope)
-        return loss
+    hidden = hidden.to(product_dtype(weight))
     if not torch.is_grad_enabled():
-        weight = weight.detach()  # else its gradient is found all the same
+        weight = weight.detach()  # else its gradient is computed all the same
     apply = torch.compiler.disable(HeadLoss.apply)  # a compiled caller breaks its graph here
-    return apply((hidden * scale).to(dtype), weight, capped if cap else kernel,
-                 *columns)
+    return apply(hidden, weight, kernel, *columns)
 
 
-def head_transform(model: Any) -> tuple[float, Optional[float]]:
-    """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), or without a cap."""
-    config = model.config.get_text_config()
-    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
-                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-    return up * more / down, getattr(config, "final_logit_softcapping", None)  # Gemma
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The dtype of products with the weight: autocast's, or else its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class HeadLoss(torch.autograd.Function):
-    """head_loss: forward finds the gradients, backward scales them."""
+    """head_loss: forward computes the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, kernel: Callable,
@@ -1983,6 +1922,8 @@ def compiled(kernel: Callable) -> Callable:
 # has ended gives its slot to the next prompt; prompts are read packed.  Nothing is padded, no cache
 # copied; on a GPU the decode step is compiled block by block and replayed as a CUDA graph.
 
+SLOTS = {"cpu": 64, "cuda": 512}  # responses sampled at a time, at most
+
 
 class Response(NamedTuple):
     """A sampled response: ids, with the stop token that ended it, log-probs, whether it was cut."""
@@ -1991,223 +1932,273 @@ class Response(NamedTuple):
     truncated: bool
 
 
-class Slots:
-    """The sampler's cache: R lanes of S positions in each layer, which attention() fills, reads."""
-    flash = True  # until its kernel has failed
+class KVCache:
+    """Keys and values of R lanes, S positions each, for every layer that stores some."""
 
     def __init__(self, lanes: int, length: int):
         self.lanes, self.length = lanes, length
-        self.kept: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (R, S, heads, D)
-        if device().type == "cuda":  # knows layers apart: compiled, it would be so for each
-            self.attend = torch.compiler.disable(self.attend)
+        self.layers: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (R, S, heads, D)
+        self.flash = device().type == "cuda"             # until its kernel fails
 
-    def read(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
+    def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor, lanes: torch.Tensor,
+              positions: torch.Tensor, source: Any = slice(None)) -> None:
+        """Keeps new keys and values (B, heads, T, D): of their B T tokens those in `source`, each
+        at its lane and position (n,)."""
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_zeros(self.lanes, self.length, x.shape[1], x.shape[3])
+                                  for x in (key, value)]
+        for kept, new in zip(self.layers[layer], (key, value)):
+            kept[lanes, positions] = new.transpose(1, 2).flatten(0, 1)[source]      # (n, heads, D)
+
+    def read_prompts(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
         """Reads prompts, each into all the lanes named: their last hidden states (T, D), packed."""
-        lengths = list(map(len, prompts))
-        spans = [(lane, end - n, n) for n, end, lanes in
-                 zip(lengths, itertools.accumulate(lengths), prompts.values()) for lane in lanes]
-        lane, start, size = torch.tensor(spans).T
-        position = torch.cat([torch.arange(n) for _, _, n in spans])
-        self.new = [x.to(device()) for x in (lane.repeat_interleave(size), position,
-                                             start.repeat_interleave(size) + position)]
-        ids = torch.tensor(list(itertools.chain(*prompts)), device=device())
-        return hidden_states(model, ids, lengths, slots=self)
+        lengths = [len(prompt) for prompt in prompts]
+        starts = itertools.accumulate(lengths, initial=0)
+        copies = [(lane, start, length) for start, length, lanes in
+                  zip(starts, lengths, prompts.values()) for lane in lanes]
+        lane, start, size = torch.tensor(copies).T                                  # (copies,) each
+        position = torch.cat([torch.arange(n) for n in size.tolist()])                      # (n,)
+        step = PromptStep(self, lane.repeat_interleave(size).to(device()), position.to(device()),
+                          (start.repeat_interleave(size) + position).to(device()))
+        ids = torch.tensor(list(itertools.chain(*prompts)), device=device())                # (T,)
+        return hidden_states(model, ids, lengths, step)
 
     def decode(self, model: Any, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Last hidden states (R, D) of a token (R,) for each lane, at its position (R,)."""
-        self.new = torch.arange(self.lanes, device=device()), position, slice(None)
-        self.used = (position + 1).int()
-        self.ends = torch.arange(self.lanes + 1, dtype=torch.int32, device=device())
-        self.lane_starts = self.ends * self.length
-        seen = self.length if device().type == "cuda" else int(self.used.max())
-        self.age = position[:, None] - torch.arange(seen, device=device())              # (R, seen)
         return body_of(model)(input_ids=tokens[:, None], position_ids=position[:, None],
-                              use_cache=False, slots=self).last_hidden_state[:, -1]
-
-    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
-        """attention() whose keys and values (B, heads, T, D) are kept: of packed prompts to
-        themselves, or (R, heads, 1, D) -> (R, 1, heads, D) of each lane's new token to its lane."""
-        if layer not in self.kept:
-            self.kept[layer] = [x.new_zeros(self.lanes, self.length, x.shape[1], x.shape[3])
-                                for x in (key, value)]
-        lanes, positions, source = self.new
-        for kept, new in zip(self.kept[layer], (key, value)):
-            kept[lanes, positions] = new.transpose(1, 2).flatten(0, 1)[source]    # (., heads, D)
-        if packed[0] is not None:
-            return attention(layer, query, key, value, None, scale, window, *packed)[0]
-        keys, values = self.kept[layer]                                         # (R, S, heads, D)
-        window = window if window and window < self.length else None
-        if query.is_cuda and values.dtype.itemsize == 2 and Slots.flash:
-            try:  # a kernel that reads no further than a lane is filled
-                return torch.ops.aten._flash_attention_forward(
-                    query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
-                    self.lane_starts, 1, self.length, 0.0, False, False, scale=scale,
-                    window_size_left=window and window - 1, window_size_right=window and 0,
-                    seqused_k=self.used)[0][:, None]
-            except Exception as problem:
-                print0(f"  the sampler's attention goes without flash attention ({problem})")
-                Slots.flash = False
-        seen = (self.age >= 0) & (self.age < (window or self.length))
-        keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
-        # query heads that share a key are so many positions of one head: no key is copied
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query.reshape(self.lanes, keys.shape[1], -1, query.shape[3]), keys, values,
-            seen[:, None, None], scale=scale)
-        return out.reshape(self.lanes, 1, query.shape[1], -1)
+                              use_cache=False,
+                              kv_step=DecodeStep(self, position)).last_hidden_state[:, -1]
 
     def keep(self, lanes: torch.Tensor) -> None:
         """Forgets all lanes but these."""
         self.lanes = len(lanes)
-        for pair in self.kept.values():
+        for pair in self.layers.values():
             pair[:] = [x[lanes] for x in pair]
+
+
+@dataclass
+class PromptStep:
+    """A forward that reads packed prompts into lanes: of its T tokens `sources` (n,) go to these
+    lanes and positions (n,)."""
+    cache: KVCache
+    lanes: torch.Tensor
+    positions: torch.Tensor
+    sources: torch.Tensor
+
+    @torch.compiler.disable  # knows layers apart: compiled, it would be so for each
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scale: Optional[float], window: Optional[int], ends: torch.Tensor,
+               longest: int) -> torch.Tensor:
+        """attention() of packed prompts to themselves, whose keys and values are stored."""
+        self.cache.store(layer, key, value, self.lanes, self.positions, self.sources)
+        return attention(layer, query, key, value, None, scale, sliding_window=window,
+                         cu_seq_lens_q=ends, max_length_q=longest)[0]
+
+
+class DecodeStep:
+    """A forward of one new token for each lane, at its position (R,): it sees what its lane holds
+    up to there.  All tensors are made within the forward, as a CUDA graph needs it."""
+
+    def __init__(self, cache: KVCache, position: torch.Tensor):
+        self.cache, self.position = cache, position
+        self.every_lane = torch.arange(cache.lanes, device=position.device)                 # (R,)
+        self.used = (position + 1).int()                                                    # (R,)
+        self.ends = torch.arange(cache.lanes + 1, dtype=torch.int32, device=position.device)
+        self.lane_starts = self.ends * cache.length
+        seen = cache.length if position.is_cuda else int(self.used.max())
+        self.age = position[:, None] - torch.arange(seen, device=position.device)       # (R, seen)
+
+    @torch.compiler.disable
+    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
+        """(R, heads, 1, D) -> (R, 1, heads, D): each new token to the keys of its lane."""
+        cache = self.cache
+        cache.store(layer, key, value, self.every_lane, self.position)
+        keys, values = cache.layers[layer]                                      # (R, S, heads, D)
+        window = window if window and window < cache.length else None
+        if cache.flash and values.dtype.itemsize == 2:
+            try:  # a kernel that reads no further than a lane is filled
+                return torch.ops.aten._flash_attention_forward(
+                    query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
+                    self.lane_starts, 1, cache.length, 0.0, False, False, scale=scale,
+                    window_size_left=window and window - 1, window_size_right=window and 0,
+                    seqused_k=self.used)[0][:, None]
+            except Exception as problem:
+                print0(f"  the sampler runs without flash attention ({problem})")
+                cache.flash = False
+        seen = (self.age >= 0) & (self.age < (window or cache.length))          # (R, seen)
+        keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
+        # query heads that share a key are so many positions of one head: no key is copied
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query.reshape(cache.lanes, keys.shape[1], -1, query.shape[3]), keys, values,
+            seen[:, None, None], scale=scale)
+        return out.reshape(cache.lanes, 1, query.shape[1], -1)
 
 
 @torch.inference_mode()
 def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: list[int],
-           cost: Cost, unconditional: Optional[list[list[int]]] = None, guidance: float = 0.0,
-           seeds: Optional[list[int]] = None, what: str = "sampling") -> list[Response]:
+           cost: Cost, temperature: float, unconditional: Optional[list[list[int]]] = None,
+           guidance: float = 0.0, seeds: Optional[list[int]] = None,
+           what: str = "sampling") -> list[Response]:
     """A response to each prompt's ids, in the prompts' order on every rank; ranks share the work.
 
     A response's randomness comes from the seed and its own of `seeds` (its index), not from its
-    slot or rank.  Log-probs are those of the distribution at cfg.temperature, before top-p.  With
-    `guidance` g tokens are drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional))
-    (Sanchez et al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle
-    slots compute.
+    slot or rank.  Temperature 0 is greedy, with log-probs at temperature 1.  With `guidance` g
+    tokens are drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional)) (Sanchez et
+    al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle slots
+    compute.
     """
-    most = cfg.max_response_tokens
+    packed, most = is_packed(model), cfg.max_response_tokens
+    require(packed or not guidance, "guided sampling needs a model that reads packed sequences; "
+            "give --guidance 0")
     share = sorted(range(rank(), len(prompts), world_size()), key=lambda i: (len(prompts[i]), i))
-    paths = [[prompts[i], *([unconditional[i]] if guidance else [])] for i in share]
-    uniform = torch.zeros(len(share) + 1, most, dtype=torch.float64)  # the last is an idle slot's
+    uniform = torch.zeros(len(share), most, dtype=torch.float64)                        # (n, most)
     for draws, i in zip(uniform, share):
         key = [seed, i if seeds is None else seeds[i]]
         draws[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(most))
-    found = {}
+    uniform = uniform.to(device())
     with progress(None, what, total=len(share), unit="response") as bar:
-        packed = model.config.get_text_config()._attn_implementation == PACKED
-        tokens, log_probs = (x.cpu() for x in (fill_slots if packed else generate)(
-            model, paths, uniform.to(device()), cfg, stop, guidance, bar, cost))
+        if packed:
+            paths = [[prompts[i], unconditional[i]] if guidance else [prompts[i]] for i in share]
+            drawn = fill_slots(model, paths, uniform, cfg, stop, temperature, guidance, bar, cost)
+        else:
+            drawn = generate(model, [prompts[i] for i in share], uniform, stop, temperature, bar,
+                             cost)
+    tokens, log_probs = (x.cpu() for x in drawn)                                        # (n, most)
     ends = torch.isin(tokens, torch.tensor(stop))
     lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, most).tolist()
-    for i, path, ids, log_p, m in zip(share, paths, tokens, log_probs, lengths):
-        found[i] = Response(ids[:m].tolist(), log_p[:m].tolist(), int(ids[m - 1]) not in stop)
-        for n in map(len, path):
-            cost.add_forward(model, m - 1, (m - 1) * (2 * n + m) // 2, m - 1)
-        cost.generated_tokens += m
-    return gather_by_index(found, len(prompts))
+    responses = {}
+    for i, ids, log_p, length in zip(share, tokens, log_probs, lengths):
+        ids = ids[:length].tolist()
+        responses[i] = Response(ids, log_p[:length].tolist(), truncated=ids[-1] not in stop)
+        cost.add_forward(model, (length - 1) * (2 if guidance else 1))
+    return gather_by_index(responses, len(prompts))
 
 
-def fill_slots(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: list[int],
-               guidance: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probs (n + 1, most) for n paths, each a prompt, or two to guide by.
+def fill_slots(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
+               stop: list[int], temperature: float, guidance: float, bar: Any,
+               cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probs (n, most) of n responses from uniform (n, most); paths[i] holds the i-th
+    one's prompt, or the two to guide by.
 
-    All state belongs to paths; a slot has but its path's index, n where it is idle.
+    State belongs to responses.  A slot knows which one it writes, and whether it is active.
     """
-    (n, most), ways = (len(paths), uniform.shape[1]), 1 + bool(guidance)
-    gpu, count, choice = device().type == "cuda", cfg.slots or 64, choose
-    least = 2 if gpu else 1  # one lane would be compiled anew
-    longest = most + max((len(p) for path in paths for p in path), default=0)
-    if gpu and not cfg.slots:
-        two = Slots(1, 2)
-        two.read(model, {(0, 0): [0]})
-        lane_bytes = longest / 2 * sum(x.nbytes for pair in two.kept.values() for x in pair)
-        free = torch.cuda.mem_get_info()[0]
-        count = min(512, max(1, int(0.6 * free / (ways * lane_bytes))))
-    if gpu and cfg.compile:
-        torch._dynamo.config.suppress_errors = True  # what cannot be compiled is run as it is
-        torch._dynamo.config.recompile_limit = 64    # of one piece of code, for all models
-        choice = torch.compile(choose)
-        for block in blocks_of(model):
-            if block._compiled_call_impl is None:
-                block.compile(dynamic=True)
-    path = torch.full((min(count, max(least, n)),), n, device=device())                 # (R,)
-    slots = Slots(ways * len(path), longest)
-    prompt_length, last = (torch.tensor([[f(p) for p in path] for path in [*paths, [[0]] * ways]],
-                                        device=device()) for f in (len, lambda p: p[-1]))
+    gpu = device().type == "cuda"
+    if gpu and len(paths) == 1:  # a step of one lane would be compiled anew: two, alike
+        paths, uniform = paths * 2, uniform.repeat(2, 1)
+    n, most = uniform.shape
+    width = 2 if guidance else 1  # lanes of a slot
+    longest = most + max((len(prompt) for path in paths for prompt in path), default=0)
+    pick = compile_for_sampling(model) if gpu else choose
+    count = min(n, slots_that_fit(model, width * longest))
+    cache = KVCache(width * count, longest)
+    prompt_length = torch.tensor([[len(p) for p in path] for path in paths], device=device())
+    last = torch.tensor([[p[-1] for p in path] for path in paths], device=device())  # (n, width)
+    length = torch.zeros(n, dtype=torch.int64, device=device())
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
-    length, stops = torch.zeros_like(tokens[:, 0]), torch.tensor(stop, device=device())
-    never = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.int64,
-                         device=device())
+    stops, lanes = torch.tensor(stop, device=device()), torch.arange(width, device=device())
+    response = torch.arange(count, device=device())             # (R,) which one a slot writes
+    active = torch.zeros_like(response, dtype=torch.bool)       # (R,) whether it still does
 
     def step() -> None:
-        """Every slot's next token."""
-        t = length[path]                                                                # (R,)
-        position = prompt_length[path] + t[:, None] - 1  # at first a prompt's last token again
-        hidden = slots.decode(model, last[path].flatten(), position.flatten())
-        token, log_p = choice(logits_of(model, hidden), uniform[path, t], never, cfg.temperature,
-                              cfg.top_p, guidance)
-        tokens[path, t], log_probs[path, t], last[path] = token, log_p.double(), token[:, None]
-        length[path] = t + 1
-        length[n:].zero_()
-        path.masked_fill_(torch.isin(token, stops) | (t + 1 == most), n)
+        """The next token of every active slot; idle ones compute along at position 0."""
+        t = torch.where(active, length[response], 0)                                    # (R,)
+        position = prompt_length[response] + t[:, None] - 1  # first a prompt's last token again
+        position = torch.where(active[:, None], position, 0)                        # (R, width)
+        hidden = cache.decode(model, last[response].flatten(), position.flatten())
+        token, log_p = pick(logits_of(model, hidden), uniform[response, t], temperature, guidance)
+        tokens[response, t] = torch.where(active, token, tokens[response, t])
+        log_probs[response, t] = torch.where(active, log_p.double(), log_probs[response, t])
+        last[response], length[response] = token[:, None], t + 1
+        active.logical_and_(~torch.isin(token, stops) & (t + 1 < most))
+
+    def refill(slots: list[int], first: int) -> None:
+        """Gives responses from the first on to the slots, and reads their prompts."""
+        wanted: dict[tuple, list[int]] = {}  # each prompt once, and the lanes that want it
+        for slot, i in zip(slots, range(first, n)):
+            for lane, prompt in enumerate(paths[i], start=slot * width):
+                wanted.setdefault(tuple(prompt), []).append(lane)
+        prompts, lengths = list(wanted), [len(prompt) for prompt in wanted]
+        cost.add_forward(model, sum(lengths))
+        budget = FORWARD_ONLY * cfg.micro_batch_tokens
+        for part in group_by_token_budget(lengths, budget, padded=False):
+            cache.read_prompts(model, {prompts[j]: wanted[prompts[j]] for j in part})
+        response[slots] = torch.arange(first, first + len(slots), device=device())
+        active[slots] = True
 
     begun, run = 0, None
     while True:
-        free = (path == n).nonzero()[:, 0].tolist()
-        bar.update(begun - len(path) + len(free) - bar.n)
-        if begun < n and 8 * len(free) >= len(path):
-            taken = dict(zip(free, range(begun, n)))
-            begun += len(taken)
-            path[list(taken)] = torch.tensor(list(taken.values()), device=device())
-            wanted: dict[tuple, list[int]] = {}     # each prompt once, and the lanes that want it
-            for slot, i in taken.items():
-                for way, prompt in enumerate(paths[i]):
-                    wanted.setdefault(tuple(prompt), []).append(slot * ways + way)
-            prompts, lengths = list(wanted), list(map(len, wanted))
-            cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
-            for part in group_by_token_budget(lengths, FORWARD_ONLY * cfg.forward_tokens):
-                slots.read(model, {prompts[j]: wanted[prompts[j]] for j in part})
-        elif begun == n and len(free) == len(path):
+        idle = (~active).nonzero()[:, 0].tolist()
+        bar.update(begun - (len(active) - len(idle)) - bar.n)
+        if begun < n and 8 * len(idle) >= len(active):
+            slots = idle[:n - begun]
+            refill(slots, begun)
+            begun += len(slots)
+        elif begun == n and len(idle) == len(active):
             return tokens, log_probs
-        elif begun == n and 2 * len(free) >= len(path) > (64 if gpu else 1):  # half will do
-            half = path.argsort()[:len(path) - len(path) // 2, None]  # the idle are last
-            slots.keep((half * ways + torch.arange(ways, device=device())).flatten())
-            path, run = path[half[:, 0]], None
-        run = run or (captured(step) if gpu else step)
-        for _ in range(8 if gpu else 1):  # a look which have ended waits for the GPU
+        elif begun == n and 2 * len(idle) >= len(active) > (64 if gpu else 1):  # half will do
+            active_first = active.int().argsort(descending=True, stable=True)
+            kept = active_first[:math.ceil(len(active) / 2)]
+            cache.keep((kept[:, None] * width + lanes).flatten())
+            response, active, run = response[kept], active[kept], None
+        if run is None:
+            run = captured(step) if gpu else step
+        for _ in range(8 if gpu else 1):  # to see which have ended waits for the GPU
             run()
 
 
-def generate(model: Any, paths: list, uniform: torch.Tensor, cfg: Config, stop: list[int],
-             guidance: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
-    """fill_slots() for models that keep more than keys and values, or do not read packed sequences:
-    by transformers' generate, to which our own choice of token is handed."""
+def compile_for_sampling(model: Any) -> Callable:
+    """Compiles the model's blocks where training has not; returns a compiled choose()."""
+    torch._dynamo.config.suppress_errors = True  # what cannot be compiled is run as it is
+    torch._dynamo.config.recompile_limit = 64    # of one piece of code, for all models
+    for block in blocks_of(model):
+        if block._compiled_call_impl is None:
+            block.compile(dynamic=True)
+    return torch.compile(choose)
+
+
+def slots_that_fit(model: Any, positions: int) -> int:
+    """How many slots, of this many positions in all their lanes, 60 % of a GPU's free memory holds;
+    at most SLOTS."""
+    most = SLOTS[device().type]
+    if device().type == "cpu":
+        return most
+    tiny = KVCache(1, 2)
+    tiny.read_prompts(model, {(0, 0): [0]})
+    slot_bytes = positions / 2 * sum(x.nbytes for pair in tiny.layers.values() for x in pair)
+    free = torch.cuda.mem_get_info()[0]
+    return min(most, max(1, int(0.6 * free / slot_bytes)))
+
+
+def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: list[int],
+             temperature: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
+    """fill_slots() for models that are not packed: transformers' generate on prompts of one length
+    at a time, which need no padding, with our own choice of tokens.  Prompts come sorted by length.
+    """
     from transformers import GenerationConfig, LogitsProcessorList
-    ways, own = 1 + bool(guidance), model.generation_config
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
-    never = torch.tensor(own.suppress_tokens or [], dtype=torch.int64, device=device())
     settings = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
                                 pad_token_id=stop[0])
-    for batch in torch.arange(len(paths)).split(cfg.slots or 64):
-        prompts = [prompt for i in batch.tolist() for prompt in paths[i]]            # (R * ways)
-        lengths = [len(prompt) for prompt in prompts]
-        cost.add_forward(model, sum(lengths), sum(m * m for m in lengths), len(lengths))
-        width, least = max(lengths), lengths.index(min(lengths))
-        padded = torch.tensor([stop[:1] * (width - len(p)) + p for p in prompts], device=device())
-        mask = torch.tensor([[0] * (width - m) + [1] * m for m in lengths], device=device())
 
-        if lengths[least] < width:
-            shortest = torch.tensor([prompts[least]], device=device())
-            alone = model(shortest, use_cache=False).logits[0, -1]
+    def pick(rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Notes the chosen tokens of these rows, and leaves generate no other choice."""
+        t = ids.shape[1] - len(prompts[rows[0]])
+        token, log_p = choose(scores, uniform[rows, t], temperature)
+        tokens[rows, t], log_probs[rows, t] = token, log_p.double()
+        return torch.full_like(scores, -math.inf).scatter_(1, token[:, None], 0.0)
 
-        def ours(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            t = ids.shape[1] - width  # noqa: B023
-            if t == 0 and lengths[least] < width:  # noqa: B023  was it read as it is alone?
-                require((scores[least] - alone).std() < 0.2 * alone.std(),  # noqa: B023
-                        f"a {type(model).__name__} reads padded prompts wrongly; give --slots 1, "
-                        "and --guidance 0")
-            token, log_p = choose(scores, uniform[batch, t], never, cfg.temperature,  # noqa: B023
-                                  cfg.top_p, guidance)
-            tokens[batch, t], log_probs[batch, t] = token, log_p.double()  # noqa: B023
-            chosen = token.repeat_interleave(ways)[:, None]
-            return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
-        try:
-            model.generation_config = GenerationConfig()  # its penalties are not asked for here
-            model.generate(padded, attention_mask=mask, generation_config=settings,
-                           logits_processor=LogitsProcessorList([ours]))
-        finally:
-            model.generation_config = own
-        bar.update(len(batch))
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # else its penalties would apply
+    try:
+        for _, same_length in itertools.groupby(range(len(prompts)), lambda i: len(prompts[i])):
+            for rows in torch.tensor(list(same_length)).split(SLOTS["cpu"]):
+                ids = torch.tensor([prompts[i] for i in rows], device=device())         # (R, T)
+                cost.add_forward(model, ids.numel())
+                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                               logits_processor=LogitsProcessorList([functools.partial(pick, rows)]))
+                bar.update(len(rows))
+    finally:
+        model.generation_config = own
     return tokens, log_probs
 
 
@@ -2225,26 +2216,21 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         return step
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, never: torch.Tensor, temperature: float,
-           top_p: float = 1.0, guidance: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and their log-probs (R,) from logits (R, V), or of guided pairs (2 R, V); `never`
-    are tokens that are not drawn."""
+def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
+           guidance: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and their log-probs (R,) from logits (R, V), or of guided pairs (2 R, V)."""
     if guidance:
         conditional, unconditional = logits.float().log_softmax(-1).unflatten(0, (-1, 2)).unbind(1)
         logits = (1 + guidance) * conditional - guidance * unconditional
     log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)                     # (R, V)
-    allowed = log_p.index_fill(-1, never, -math.inf)
-    token = allowed.argmax(-1) if temperature == 0 else draw(allowed, uniform, top_p)
+    token = log_p.argmax(-1) if temperature == 0 else draw(log_p, uniform)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
-def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torch.Tensor:
+def draw(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token each from log-probs (R, V), by inverting the cumulative distribution at uniform
     (R,): int64 (R,)."""
-    p, order = log_p.exp(), None
-    if top_p < 1:
-        p, order = p.sort(-1, descending=True)
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0.0)  # the token that crosses top_p is kept
+    p = log_p.exp()
     # In two steps, block and token in it: a running sum over a whole vocabulary is slow and inexact
     blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % 256)).unflatten(1, (-1, 256))
     total = blocks.sum(-1).double().cumsum(-1)                                      # (R, V / 256)
@@ -2253,184 +2239,207 @@ def draw(log_p: torch.Tensor, uniform: torch.Tensor, top_p: float = 1.0) -> torc
     before = torch.where(block > 0, total.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(1)].double().cumsum(-1)
     offset = torch.searchsorted(inside, at - before, right=True)
-    last = (inside < inside[:, -1:]).sum(-1, keepdim=True)  # never behind the last p > 0
-    index = block * 256 + torch.minimum(offset, last)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+    last = (inside < inside[:, -1:]).sum(-1, keepdim=True)  # never after the last p > 0
+    return (block * 256 + torch.minimum(offset, last)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------- labelled samples
-# samples.jsonl is the contract between labelling and training: anything may write it, every offline
-# trainer reads it.
+# samples.jsonl is the contract between labelling and training: one row for each response trained
+# on, complete, in one shape; it is a valid --samples itself.
 
-LABELLED_TOGETHER = 1024  # samples that a kill may cost
+LABELLED_TOGETHER = 1024  # samples between two writes, which a kill may cost
 
 
 @dataclass
 class Samples:
-    """Labelled samples, tokenised, with their rewards, and what they cost, by stage."""
+    """Labelled samples, tokenised, with their rewards."""
     tokens: Tokens
-    rewards: np.ndarray         # (n,) float64, raw scores
-    weights: np.ndarray         # (n,) float64, NaN where the file has none
-    prompts: np.ndarray         # (n,) uint64, equal where the prompt is
-    fingerprint: str
-    labelled_by: Optional[str]  # fingerprint of the reward model that gave the rewards, if known
-    costs: dict[str, Cost]
+    rewards: np.ndarray  # (n,) float64, raw scores, NaN where a file with weights has none
+    weights: np.ndarray  # (n,) float64, NaN where the file has none
+    prompts: np.ndarray  # (n,) uint64, equal where the prompt is
 
     def z(self, reward: Any) -> np.ndarray:
-        """Raw scores, standardised by the samples' mean and standard deviation, float64."""
-        require(self.rewards.std() > 0, "the samples have weights, and no rewards to tell them "
-                "apart: only rwr.py --weights given trains on them")
-        return (np.asarray(reward, np.float64) - self.rewards.mean()) / self.rewards.std()
+        """Raw scores in standard deviations from the samples' mean, float64.
+
+        Raises BadInput where the samples' rewards are missing or all alike.
+        """
+        mean, std = self.rewards.mean(), self.rewards.std()
+        require(std > 0, f"samples.jsonl: all {len(self.rewards)} rewards are {mean:g}, or some "
+                "are missing: there is nothing to tell responses apart by")
+        return (np.asarray(reward, np.float64) - mean) / std
 
 
-def labelled_samples(cfg: Config, base: Stage, rm: Optional[Stage]) -> Samples:
-    """The labelled samples: --samples, or the run's samples.jsonl, made if missing."""
-    codec, path = Codec(base.folder, cfg), Path(cfg.samples or Path(cfg.out, "samples.jsonl"))
-    held_out = {prompt_hash(p) for p in split_prompts(cfg, held_out=True)}
-    if (cfg.samples or cfg.responses) and (cfg.sources != Config.sources
-                                           or cfg.samples_per_prompt > 1):
-        print0("  --samples and --responses are taken as they are: --sources and "
-               "--samples_per_prompt have no effect")
-    costs = {} if cfg.samples else label(cfg, base, rm, codec, path, held_out)
-    known = read_record(path.with_suffix(".json")).get("settings")
-    labelled_by = known.get("scorer") if isinstance(known, dict) else None
-    if rm and labelled_by != rm.fingerprint:
-        print0(f"warning: {path} was labelled by reward model {labelled_by or '?'}; "
-               f"this run scores with {rm.fingerprint}, in that file's units")
-    return read_samples(str(path), held_out, codec, Path(cfg.out) / ".tokens", costs=costs,
-                        labelled_by=labelled_by, fingerprint=content_hash(str(path)))
+def labelled_samples(cfg: Config, base: Stage, data: Data, rm: Optional[Stage]) -> Stage:
+    """The samples to train on: those of --samples, or both responses of each preference and
+    --samples_per_prompt generated ones; what has no reward is scored by the reward model."""
+    settings = {**data_settings(cfg), "samples": cfg.samples and content_hash(cfg.samples),
+                "samples_per_prompt": cfg.samples_per_prompt, "temperature": cfg.temperature,
+                "base": base.fingerprint, "reward_model": rm.fingerprint if rm else None}
+    path = Path(cfg.out, "samples.jsonl")
+    made = read_record(path.with_suffix(".json")).get("content")
+    require(not (made and path.exists()) or made == content_hash(str(path)), f"{path}: was changed "
+            "since a run made it; move it and give it as --samples, with another --out")
+
+    @functools.cache
+    def load() -> Samples:
+        return read_samples(path, cfg, base)
+    return Stage(str(path), settings, functools.partial(label, cfg, base, data, rm), load)
 
 
-def label(cfg: Config, base: Stage, rm: Stage, codec: Codec, path: Path,
-          held_out: set[int]) -> dict[str, Cost]:
-    """Writes the samples file and its record, unless they are there; returns what they cost.
-
-    Each part of them is a file of its own at first: a run that was killed goes on after them.
-    """
-    wanted = settings(cfg, "data", "samples", base=base.fingerprint, scorer=rm.fingerprint)
-    record, work = path.with_suffix(".json"), path.with_name(f".samples.{fingerprint(wanted)}")
-    if rank() == 0 and not path.exists():
-        record.unlink(missing_ok=True)
-    barrier()
-    if not is_fresh("samples", record, wanted):
-        given, prompts = to_label(cfg, held_out)
-        model, score, count = None, rm.load_scorer(), len(given) + len(prompts)
-        before = gather(read_record(max(work.glob("[0-9]*"), default=work / "none")))[0]
-        costs = before.get("costs", {"generation": {}, "labelling": {}})
-        if before:
-            print0(f"  {before['end']:,} of {count:,} are there from a run that was broken off")
-        for start in progress(range(before.get("end", 0), count, LABELLED_TOGETHER), "samples"):
-            end = min(start + LABELLED_TOGETHER, count)
-            part, first = given[start:end], max(0, start - len(given))
-            requested = prompts[first:max(0, end - len(given))]  # those given come first
-            with track_cost() as generation:
-                if requested:
-                    model = model or load_model(base.folder, compute_dtype(cfg))
-                    replies = sample(model, codec.prompts(requested), cfg, cfg.seed, codec.stop_ids,
-                                     generation, seeds=range(first, count), what="generating")
-                    part += [Sample(prompt, codec.decode(r), math.nan, "generated", r.truncated)
-                             for prompt, r in zip(requested, replies)]
-            with track_cost() as labelling:
-                rewards = score([s.prompt for s in part], [s.response for s in part],
-                                [s.truncated for s in part], labelling)
-            costs = {name: asdict(Cost(**costs[name]) + spent) for name, spent in
-                     (("generation", generation), ("labelling", labelling))}
-            entries = [{"prompt": s.prompt, "response": s.response, "source": s.source,
-                        "truncated": s.truncated, "reward": r} for s, r in zip(part, rewards)]
-            write_record(work / f"{end:012}", wanted, generation + labelling, end=end,
-                         entries=entries, costs=costs)
+def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
+          cost: Cost) -> dict:
+    """Answers and scores rows in their order, appending them to the file `work`; a run that was
+    killed goes on after the last write."""
+    codec = Codec(base.path, cfg)
+    done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
+    if done:
+        print0(f"  {done:,} samples already labelled; resuming")
+    model, score = None, rm and rm.load()
+    rows = rows_to_label(cfg, codec, data)
+    generated = sum(row.response is None for row in itertools.islice(rows, done))
+    bar = progress(None, "samples", initial=done)
+    while chunk := list(itertools.islice(rows, LABELLED_TOGETHER)):
+        unanswered = [i for i, row in enumerate(chunk) if row.response is None]
+        if unanswered:
+            model = model or load_model(base.path, compute_dtype(cfg))
+            prompts = [codec.prompt(chunk[i].prompt) for i in unanswered]
+            replies = sample(model, prompts, cfg, cfg.seed, codec.stop_ids, cost, cfg.temperature,
+                             seeds=range(generated, generated + len(prompts)), what="generating")
+            generated += len(prompts)
+            for i, reply in zip(unanswered, replies):
+                chunk[i] = chunk[i]._replace(response=codec.decode(reply), source="generated",
+                                             truncated=reply.truncated)
+        unscored = [i for i, row in enumerate(chunk) if row.reward is None]
+        if unscored and score:
+            prompts, responses, _, _, _, truncated = zip(*(chunk[i] for i in unscored))
+            for i, reward in zip(unscored, score(prompts, responses, truncated, cost)):
+                chunk[i] = chunk[i]._replace(reward=reward)
         if rank() == 0:
-            record.unlink(missing_ok=True)  # that of the file which is replaced now
-            parts = map(read_record, sorted(work.glob("[0-9]*")))
-            write_beside(path, (json.dumps(entry, ensure_ascii=False)
-                                for part in parts for entry in part["entries"]))
-        codec.say_cuts()
-        total = Cost(**costs["generation"]) + Cost(**costs["labelling"])
-        write_record(record, wanted, total, costs=costs)
-    for old in path.parent.glob(".samples.*") if rank() == 0 else ():
-        shutil.rmtree(old, ignore_errors=True)
-    costs = {name: Cost(**cost) for name, cost in read_record(record).get("costs", {}).items()}
-    return {"reward_model": rm.cost, **costs}
+            with open(work, "a", encoding="utf-8") as file:
+                for row in chunk:
+                    known = {name: v for name, v in row._asdict().items() if v is not None}
+                    file.write(json.dumps(known, ensure_ascii=False) + "\n")
+        bar.update(len(chunk))
+        barrier()
+    bar.close()
+    return {"content": content_hash(str(work))}
 
 
-def to_label(cfg: Config, held_out: set[int]) -> tuple[list[Sample], list]:
-    """Responses to label, --responses or the data's, and prompts that the base policy is to answer,
-    as --sources says."""
-    given, prompts = [], []
-    if cfg.responses:
-        parse = functools.partial(unseen, sample_of, held_out)
-        columns = SAMPLE_COLUMNS - {"reward", "label", "weight"}
-        given = list(parsed_entries(cfg.responses, columns, parse))
-    elif "dataset" in cfg.sources and (cfg.preferences or cfg.toy):
-        rankings = [r for r in load_preferences(cfg)[0] if prompt_hash(r.prompt) not in held_out]
-        given = [Sample(r.prompt, r.responses[0], source="chosen") for r in rankings]
-        given += [Sample(r.prompt, text, source="rejected")
-                  for r in rankings for text in r.responses[1:]]
-    if "generated" in cfg.sources and not cfg.responses:
-        prompts = [p for p in split_prompts(cfg, held_out=False)
-                   for _ in range(cfg.samples_per_prompt)]
-    require(given or prompts, f"{cfg.responses or '--sources'}: nothing is left to label")
-    return given, prompts
+def cut_to_whole_chunks(path: Path) -> int:
+    """Cuts the file after the last whole chunk of lines, so that the rest is made as it would have
+    been without a kill; returns how many lines are left."""
+    if not path.exists():
+        return 0
+    with open(path, "rb+") as file:
+        ends = [0]
+        for line in file:
+            if line.endswith(b"\n"):
+                ends.append(ends[-1] + len(line))
+        lines = (len(ends) - 1) // LABELLED_TOGETHER * LABELLED_TOGETHER
+        file.truncate(ends[lines])
+    return lines
 
 
-def unseen(parse: Callable, held_out: set[int], part: str, entry: dict, notes: Counter) -> Sample:
-    """parse(entry) for parsed_entries, but for those with held-out prompts."""
-    found = parse(entry)
-    if prompt_hash(found.prompt) in held_out:
-        raise LeftOut("with held-out prompts")
-    notes["with an empty response, which teaches to end at once"] += not found.response.strip()
-    return found
+def rows_to_label(cfg: Config, codec: Codec, data: Data) -> Iterator[Sample]:
+    """The samples, in order, without those of held-out prompts; to be answered where they have no
+    response, to be scored where they have no reward."""
+    def usable(row: dict) -> Sample:
+        sample = checked(codec, sample_of(row))
+        if prompt_hash(sample.prompt) in data.hidden:
+            raise LeftOut("with held-out prompts")
+        return sample
+    if cfg.samples:
+        rows = (s for _, s in read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable))
+    else:
+        chosen = (Sample(p.prompt, p.chosen, source="chosen") for p in data.preferences)
+        rejected = (Sample(p.prompt, p.rejected, source="rejected") for p in data.preferences)
+        rows = itertools.chain(chosen, rejected, map(Sample, data.prompts))
+    for row in rows:
+        yield from itertools.repeat(row, cfg.samples_per_prompt if row.response is None else 1)
 
 
-def read_samples(path: str, held_out: set[int], codec: Codec, folder: Path,
-                 **known: Any) -> Samples:
-    """Reads a samples file, but for held-out prompts, and tokenises it into the folder.
+def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
+    """Reads samples.jsonl and tokenises it into the run's folder .tokens.
 
-    Raises BadInput where the rewards are all alike, or one so far out that the others look alike.
+    Raises BadInput where there is nothing to learn from.
     """
+    codec, folder = Codec(base.path, cfg), Path(cfg.out, ".tokens")
     labels, sources = [], Counter()
 
     def sequences() -> Iterator[tuple]:
-        parse = functools.partial(unseen, labelled_sample_of, held_out)
-        entries = iter(progress(parsed_entries(path, SAMPLE_COLUMNS, parse), "reading samples"))
-        while chunk := list(itertools.islice(entries, 4096)):
-            labels.extend((s.reward, s.weight, prompt_hash(s.prompt)) for s in chunk)
-            sources.update(s.source for s in chunk)
-            yield from codec.sequences(chunk)
+        rows = read_rows(str(path), SAMPLE_FIELDS, [], sample_of, quiet=True)
+        for _, sample in progress(rows, "reading samples"):
+            reward = math.nan if sample.reward is None else sample.reward
+            weight = math.nan if sample.weight is None else sample.weight
+            labels.append((reward, weight, prompt_hash(sample.prompt)))
+            ids, mask = codec.sample(sample)
+            sources[sample.source] += 1
+            sources["too long, cut without an end"] += int(
+                mask.sum() == cfg.max_response_tokens and ids[-1] not in codec.stop_ids)
+            sources["empty"] += not sample.response.strip()
+            yield ids, mask
     tokens = Tokens(folder, sequences)  # rank 0 reads
-    codec.say_cuts()
     if rank() == 0:
         np.save(folder / "labels.npy", np.array(labels, dtype="f8, f8, u8"))
     barrier()
-    rewards, weights, prompts = map(np.load(folder / "labels.npy").__getitem__, ("f0", "f1", "f2"))
+    columns = np.load(folder / "labels.npy")
+    rewards, weights, prompts = (columns[name] for name in ("f0", "f1", "f2"))
     require(len(rewards), f"{path}: no sample in it to train on")
-    by_weight = getattr(codec.cfg, "weights", "") == "given" or np.isnan(rewards).any()
-    if not by_weight or np.isnan(weights).any():  # else the rewards may be alike, or none
-        check_rewards(path, rewards)
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sources.items())
+    require(tokens.mask.any(), f"{path}: its responses are all empty and truncated: there is no "
+            "token to learn")
+    require(np.isfinite(rewards).all() or np.isfinite(weights).all(), f"{path}: "
+            f"{np.isnan(rewards).sum():,} of {len(rewards):,} samples have no reward; give "
+            "--reward_model, or --preferences to train one")
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sources.items() if count)
     print0(f"  {len(rewards):,} samples ({kinds}), reward {rewards.mean():.3f} ± "
            f"{rewards.std():.3f}")
-    return Samples(tokens, rewards, weights, prompts, **known)
+    return Samples(tokens, rewards, weights, prompts)
 
 
-def check_rewards(path: str, rewards: np.ndarray) -> None:
-    """Raises BadInput where standardised rewards would tell nothing."""
-    missing = int(np.isnan(rewards).sum())
-    require(not missing, f"{path}: {missing:,} of {len(rewards):,} samples have no reward, and not "
-            "all have a weight")
-    low = np.quantile(rewards, 0.05, method="higher")
-    high = np.quantile(rewards, 0.95, method="lower")
-    require(rewards.min() < rewards.max() and rewards.std() > 0,
-            f"{path}: all {len(rewards)} rewards are {rewards[0]}: there is nothing to learn from")
-    require(not 0 < high - low < 0.01 * rewards.std(), f"{path}: nine tenths of the rewards lie "
-            f"between {low:.4g} and {high:.4g}, one far from them: leave out such sentinels")
+FUNCTION = re.compile(r"(.+\.py):(\w+)")  # a reward model that is a Python function
+
+
+def load_function(spec: str) -> Callable:
+    """score(prompts, responses, truncated, cost) by FILE.py:FUNCTION, a function of prompts and
+    responses, and of `truncated` if it has such a parameter; each rank scores its own share.
+
+    Raises BadInput if there is no such function, or its scores are not as many finite numbers.
+    """
+    file, name = FUNCTION.fullmatch(spec).groups()
+    require(Path(file).is_file(), f"{spec}: no such file")
+    sys.path.append(str(Path(file).resolve().parent))  # for what the file imports
+    module_spec = importlib.util.spec_from_file_location(f"rewards_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # which dataclasses look up
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    require(callable(function), f"{spec}: {file} defines no function {name}")
+    takes_truncated = "truncated" in inspect.signature(function).parameters
+
+    def score(prompts: list, responses: list, truncated: list, cost: Cost) -> list[float]:
+        own = range(rank(), len(prompts), world_size())
+        extra = {"truncated": [truncated[i] for i in own]} if takes_truncated else {}
+        scores: list[float] = []
+        if own:
+            try:
+                scores = function([prompts[i] for i in own], [responses[i] for i in own], **extra)
+            except OSError as problem:  # its own, to be shown as Python shows it
+                raise RuntimeError(f"{spec} failed") from problem
+        try:
+            scores = [float(score) for score in scores]
+        except (TypeError, ValueError):
+            scores = []
+        require(len(scores) == len(own) and all(map(math.isfinite, scores)),
+                f"{spec}: must return as many finite numbers as responses")
+        return gather_by_index(dict(zip(own, scores)), len(prompts))
+    return score
 
 
 # ------------------------------------------------------------------------------------- evaluation
 
 
 class Variant(NamedTuple):
-    """A way to ask a policy: its name, the reward tag, guidance, and the target reward."""
+    """A way to sample from a policy: its name, reward tag, guidance, and the target reward."""
     name: str
     tag: str = ""
     tag_ids: list[int] = []
@@ -2438,121 +2447,97 @@ class Variant(NamedTuple):
     target: Optional[float] = None
 
 
-def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, rm: Optional[Stage],
-             samples: Samples, judge: Optional[Callable] = None) -> None:
-    """Adds base policy and variants of the policy to the leaderboard, where they are not in it yet,
-    and prints it.  samples.costs is what the algorithm needed beside its training."""
+def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, data: Data,
+             rm: Optional[Stage], samples: Stage, judge: Optional[Stage],
+             *needed: Stage) -> list[list[dict]]:
+    """Evaluates base policy and variants of the policy, replaces their rows of leaderboard.jsonl,
+    and prints the table; returns each variant's replies, as answer() does.
+
+    `needed` are the stages that count as the algorithm's cost beside its training.
+    """
     if not cfg.eval_prompts:
         print0("evaluation: none, as --eval_prompts is 0")
-        return
-    held_out = split_prompts(cfg, held_out=True)
+        return []
+    held_out = data.held_out_prompts
     prompts = [held_out[i % len(held_out)] for i in range(cfg.eval_prompts)]
-    comparable = settings(cfg, "data", "samples", "evaluation")
-    for other in ("seed", "max_pairs", "sources", "samples_per_prompt", "samples"):
-        del comparable[other]
-    board, name = Path(cfg.out) / "leaderboard.jsonl", Path(policy.folder).name
-    entries = [entry for _, entry in read_jsonl(board)] if board.exists() else []
-    load = functools.cache(functools.partial(load_model, dtype=compute_dtype(cfg)))
-    score, verdict = (load_scorer and functools.cache(load_scorer)
-                      for load_scorer in (rm and rm.load_scorer, judge))
-    built, replies = {"base": base.cost} if base.cost.seconds else {}, {}
-    needed = {**built, **samples.costs, "training": policy.cost}
-    for algorithm, stage, variant, costs in [
-            ("base", base, Variant(""), built), *((name, policy, v, needed) for v in variants)]:
-        file = replies_file(Path(cfg.out), algorithm, variant.name, cfg.seed)
-        key = {"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed}
-        origin = {"setting": fingerprint(comparable), "policy": stage.fingerprint,
-                  "samples": samples.fingerprint, "scorer": rm.fingerprint if rm else "",
-                  "replies": content_hash(str(file))}
-        if any({**entry, **key, **origin} == entry for entry in entries):
-            replies[file.stem] = [r for _, r in read_jsonl(file)]
-            continue
-        with track_cost() as spent:
-            found = answer(cfg, load, stage, prompts, variant, base, samples, score, verdict, spent)
-        replies[file.stem] = found
-        if rank() == 0:
-            write_beside(file, (json.dumps(r, ensure_ascii=False) for r in found))
-        barrier()
-        train = costs.get("training", Cost())
-        total = sum((cost for stage, cost in costs.items() if stage != "base"), Cost())
-        entries = [entry for entry in entries if {**entry, **key} != entry] + [{
-            **key, **origin, "replies": content_hash(str(file)), "target": variant.target,
-            **means(found, next(iter(replies.values()))), "judge": cfg.judge,
-            "world_size": world_size(), "checkpoint": stage.folder,
-            **{f"train_{unit}": value for unit, value in asdict(train).items()},
-            **{f"total_{unit}": value for unit, value in asdict(total).items()},
-            "peak_memory_bytes": train.peak_memory_bytes,
-            "costs": {s: asdict(c) for s, c in {**costs, "evaluation": spent}.items()}}]
-        if rank() == 0:
-            write_beside(board, map(json.dumps, entries))
-        barrier()
-    first = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
-    print0("\n" + first.strip()[-600:])
-    for stem, found in replies.items():
-        print0(f"  {stem.replace('_', ' ')}: {found[0]['response'].strip()[:400]}")
-    print_leaderboard([entry for entry in entries
-                       if entry.get("setting") == fingerprint(comparable)], Path(cfg.out))
-    unguided = [v for v in variants if v.target is not None and not v.guidance and rm
-                and rm.fingerprint == samples.labelled_by]  # else z has another unit
-    report_slope(unguided, [replies[replies_file(Path(cfg.out), name, v.name, cfg.seed).stem]
-                            for v in unguided], Path(cfg.out))
+    origin = [stage and stage.fingerprint for stage in (base, rm, samples, judge)]
+    comparable = fingerprint([origin, list(map(prompt_key, prompts)), cfg.eval_temperature,
+                              cfg.max_response_tokens])
+    reference = load_model(base.path, compute_dtype(cfg))
+    ask = functools.partial(answer, cfg, prompts, base, reference, samples.load(),
+                            rm and rm.load(), judge and judge.load())
+    model = load_model(policy.path, compute_dtype(cfg))
+    replies = [ask(reference, Variant("")), *(ask(model, variant) for variant in variants)]
+    name, total = Path(policy.path).name, sum((s.cost for s in needed if s), policy.cost)
+    ways = [("base", Variant(""), base.cost, Cost())]
+    ways += [(name, variant, policy.cost, total) for variant in variants]
+    rows = [{"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed,
+             "comparable": comparable, "target": variant.target, **means(each, replies[0]),
+             "train_seconds": trained.seconds, "total_seconds": all_cost.seconds,
+             "total_flops": all_cost.flops}
+            for (algorithm, variant, trained, all_cost), each in zip(ways, replies)]
+    if rank() == 0:
+        board = Path(cfg.out, "leaderboard.jsonl")
+        before = [row for _, row in read_jsonl(board)] if board.exists() else []
+        replaced = {row["algorithm"] for row in rows}
+        everything = rows + [row for row in before if row["algorithm"] not in replaced]
+        write_beside(board, map(json.dumps, everything))
+        prompt = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
+        print0("\n" + prompt.strip()[-600:])
+        for row, each in zip(rows, replies):
+            name = f"{row['algorithm']} {row['variant']}".strip()
+            file = Path(cfg.out, "evaluation", re.sub(r"[^\w.+-]+", "_", name) + ".jsonl")
+            write_beside(file, (json.dumps(reply, ensure_ascii=False) for reply in each))
+            print0(f"  {name}: {each[0]['response'].strip()[:400]}")
+        print_leaderboard(everything, comparable)
+    barrier()
+    return replies[1:]
 
 
-def replies_file(run: Path, algorithm: str, variant: str, seed: int) -> Path:
-    """Where a policy's evaluated responses are kept."""
-    name = re.sub(r"[^\w.+-]+", "_", f"{algorithm} {variant} seed {seed}")
-    return run / "evaluation" / f"{name}.jsonl"
-
-
-def answer(cfg: Config, load: Callable, policy: Stage, prompts: list, variant: Variant, base: Stage,
-           samples: Samples, score: Optional[Callable], judge: Optional[Callable],
-           cost: Cost) -> list[dict]:
-    """One response a prompt, with its reward z, true reward (the toy world's, or the judge's) and
-    KL to base, the difference of the response's log-probs."""
-    codec = Codec(base.folder, cfg)  # a policy's chat template may differ
-    plain = codec.prompts(prompts)
-    codec.say_cuts()
-    tagged = [prompt + variant.tag_ids for prompt in plain]
-    responses = sample(load(policy.folder), tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
-                       plain, variant.guidance, what="evaluating")
-    examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
-                for p, r in zip(plain, responses)]
-    model = load(base.folder)
-    reference = each_response_token(Policy(model, cfg).log_probs, model, examples, cfg, cost)
+def answer(cfg: Config, prompts: list, base: Stage, base_model: Any, samples: Samples,
+           score: Optional[Callable], judge: Optional[Callable], model: Any,
+           variant: Variant) -> list[dict]:
+    """The model's response to each prompt, with its reward z, the judge's score and KL to base, the
+    difference of the response's log-probs."""
+    codec, cost = Codec(base.path, cfg), Cost()  # the base's: a policy's template may add a tag
+    plain = [codec.prompt(prompt) for prompt in prompts]
+    tagged = [ids + variant.tag_ids for ids in plain]
+    responses = sample(model, tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
+                       cfg.eval_temperature, plain, variant.guidance, what="evaluating")
+    examples = [Example(np.array(ids + r.ids), np.arange(len(ids + r.ids)) >= len(ids))
+                for ids, r in zip(plain, responses)]
+    base_log_probs = functools.partial(Policy(base_model, cfg).log_probs,
+                                       temperature=cfg.eval_temperature)
+    reference = each_response_token(base_log_probs, base_model, examples, cfg, cost)
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
-    reward = gold = [None] * len(texts)
+    z = gold = [None] * len(texts)
     if score and samples.rewards.std() > 0:  # given weights may come without rewards
-        reward = samples.z(score()(prompts, texts, cut, cost)).tolist()
+        z = samples.z(score(prompts, texts, cut, cost)).tolist()
     if judge:
-        gold = judge()(prompts, texts, cut, cost)
-    elif cfg.toy:
-        gold = list(map(gold_reward, prompts, texts, cut))
+        gold = judge(prompts, texts, cut, cost)
     return [{"prompt": prompt, "response": text, "truncated": r.truncated, "tokens": len(r.ids),
-             "reward": z, "gold": g, "kl": sum(r.log_probs) - sum(log_p),
-             "base_log_prob": sum(log_p)}
-            for prompt, text, r, z, g, log_p in zip(prompts, texts, responses, reward, gold,
-                                                    reference)]
+             "reward": reward, "gold": true, "kl": sum(r.log_probs) - sum(log_p),
+             "base_log_prob": sum(log_p)} for prompt, text, r, reward, true, log_p in
+            zip(prompts, texts, responses, z, gold, reference)]
 
 
-def wins(gaps: Any) -> np.ndarray:
+def wins(gaps: torch.Tensor) -> torch.Tensor:
     """1 for a gap in score above 0, 0 below, 1/2 for a tie: equal replies of two batches get scores
     that differ in the last bits."""
-    return np.sign(np.round(gaps, 5)) / 2 + 0.5
+    return gaps.detach().round(decimals=5).sign() / 2 + 0.5
 
 
 def means(replies: list[dict], base: list[dict]) -> dict:
-    """The means of what evaluation found; win_rate is against the base policy on the same prompts,
-    ties half; perplexity is a token's, under the base policy at the sampling temperature."""
+    """The means of replies; win_rate is against the base policy on the same prompts, ties half."""
     mean = {name: None if replies[0][name] is None else float(np.mean([r[name] for r in replies]))
-            for name in ("gold", "reward", "kl", "tokens", "truncated", "base_log_prob")}
-    gaps = [r["reward"] - b["reward"] for r, b in zip(replies, base) if mean["reward"] is not None]
-    words = [r["response"].split() for r in replies]
-    bigrams = [pair for w in words for pair in zip(w, w[1:])]
-    return {"gold": mean["gold"], "reward": mean["reward"],
-            "win_rate": float(wins(gaps).mean()) if gaps else None, "kl_to_base": mean["kl"],
-            "perplexity": math.exp(min(700.0, -mean["base_log_prob"] / mean["tokens"])),
-            "response_tokens": mean["tokens"], "eos_rate": 1 - mean["truncated"],
-            "distinct_2": len(set(bigrams)) / max(1, len(bigrams))}
+            for name in ("gold", "reward", "kl", "tokens", "truncated")}
+    win_rate = None
+    if mean["reward"] is not None:
+        gaps = torch.tensor([r["reward"] - b["reward"] for r, b in zip(replies, base)])
+        win_rate = float(wins(gaps).mean())
+    return {"gold": mean["gold"], "reward": mean["reward"], "win_rate": win_rate,
+            "kl_to_base": mean["kl"], "response_tokens": mean["tokens"],
+            "eos_rate": 1 - mean["truncated"]}
 
 
 COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
@@ -2561,93 +2546,19 @@ COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win
            "all s": ("total_seconds", ".0f"), "all FLOP": ("total_flops", ".1e")}
 
 
-def print_leaderboard(entries: list[dict], run: Path) -> None:
-    """The table of comparable entries: of the same data, prompts and sampling, whatever seed.
-
-    "all" is training with all that it needs.
-    """
-    width, replaced = max(len(f"{r['algorithm']} {r['variant']}") for r in entries), False
-    print0("\n" + " " * width + "  seed" + "".join(f"{head:>10}" for head in COLUMNS))
-    for r in sorted(entries, key=lambda r: (r["algorithm"], r["variant"], r["seed"])):
-        cells = ("-" if r[name] is None else format(r[name], form)
+def print_leaderboard(rows: list[dict], comparable: str) -> None:
+    """The table of the rows with the same prompts, scorers and samples; "all" is training with all
+    that it needs."""
+    shown = [row for row in rows if row["comparable"] == comparable]
+    width = max(len(f"{row['algorithm']} {row['variant']}") for row in shown)
+    print0("\n" + " " * width + "".join(f"{head:>10}" for head in COLUMNS))
+    for row in sorted(shown, key=lambda row: (row["algorithm"], row["variant"])):
+        cells = ("-" if row[name] is None else format(row[name], form)
                  for name, form in COLUMNS.values())
-        now = read_record(run / r["algorithm"] / "run.json").get("settings")
-        mark = "" if r["algorithm"] == "base" or fingerprint(now) == r["policy"] else " *"
-        replaced = replaced or bool(mark)
-        print0(f"{r['algorithm'] + ' ' + r['variant']:<{width}}  {r['seed']:>4}"
-               + "".join(f"{cell:>10}" for cell in cells) + mark)
-    if replaced:
-        print0("  * of a policy that is no longer there")
-
-
-def slope_watcher(run: TrainingRun, count: int, samples: Samples, rm: Optional[Stage], codec: Codec,
-                  low: Variant, high: Variant) -> Callable[[int], dict]:
-    """watch(step) -> {"slope": s}, before a checkpoint, else {}: how much more reward z the policy
-    gets for a z of one more that it is asked for, on so many held-out prompts."""
-    cfg, prompts = run.cfg, split_prompts(run.cfg, held_out=True)[:count]
-    needed = {"held-out prompts": prompts, "low and high rewards of two tags": low.tag != high.tag,
-              "the reward model of the samples": rm and rm.fingerprint == samples.labelled_by,
-              "a checkpoint before the end": any(map(run.is_due, range(run.total)))}
-    lacking = [what for what, there in needed.items() if not there]
-    if count and lacking:
-        print0(f"  the slope is not watched: that takes {' and '.join(lacking)}")
-    if not count or lacking:
-        return lambda step: {}
-    score, plain = functools.cache(rm.load_scorer), codec.prompts(prompts)
-    ids = [prompt + variant.tag_ids for variant in (low, high) for prompt in plain]
-
-    def watch(step: int) -> dict:
-        if not run.is_due(step):
-            return {}
-        begun, spent = time.perf_counter(), Cost()  # on watching, not on training
-        model = sampling_copy(getattr(run.policy, "module", run.policy).model, cfg)
-        replies = sample(model, ids, cfg, cfg.seed, codec.stop_ids, spent,
-                         seeds=[*range(len(prompts))] * 2)  # alike for low and high, at each watch
-        rewards = samples.z(score()(prompts * 2, [codec.decode(r) for r in replies],
-                                    [r.truncated for r in replies], spent))
-        got = rewards.reshape(2, -1).mean(1)
-        slope = (got[1] - got[0]) / (high.target - low.target)
-        run.cost.seconds -= time.perf_counter() - begun
-        print0(f"  after {step + 1} steps: slope of the reward got on that asked for {slope:.2f}")
-        return {"slope": slope}
-    return watch
-
-
-def report_slope(unguided: list[Variant], replies: list[list[dict]], folder: Path) -> None:
-    """Prints, and draws where matplotlib is there, what the policy got for each target."""
-    want = np.array([variant.target for variant in unguided])                           # (K,)
-    got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
-    if len({variant.tag for variant in unguided}) < 2 or np.isnan(got).any():
-        return
-    keys = [prompt_key(r["prompt"]) for r in replies[0]]
-    prompt = np.unique(keys, return_inverse=True)[1]                                    # (n,)
-    got = np.array([np.bincount(prompt, each) for each in got]) / np.bincount(prompt)   # (K, P)
-    centred, means = want - want.mean(), got.mean(1)
-    each = centred @ got / (centred @ centred)                # (P,), each prompt's least squares
-    slope, half = each.mean(), 1.96 * each.std() / math.sqrt(len(each))
-    low, high = min(want.min(), means.min()), max(want.max(), means.max())
-    print0("\nreward z: asked for ( | ) and got ( * )")
-    for target, mean in sorted(zip(want, means)):
-        line = [" "] * 41
-        line[round(40 * (target - low) / (high - low))] = "|"
-        line[round(40 * (mean - low) / (high - low))] = "*"
-        print0(f"  {target:+.2f} {mean:+.2f}  {''.join(line).rstrip()}")
-    mean, least, most = (round(x, 2) + 0.0 for x in (slope, slope - half, slope + half))  # no -0.0
-    print0(f"  slope {mean:.2f} [{least:.2f}, {most:.2f}], 95 % over {len(each)} prompts")
-    if slope + half < 0.2:
-        print0("  the tag is hardly heeded, which takes some hundred optimiser steps: try more "
-               "--steps or another --reward_format")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure()
-    axes = figure.subplots()
-    axes.axline((0, 0), slope=1, color="grey", linestyle=":")
-    axes.errorbar(want, means, 1.96 * got.std(1) / math.sqrt(len(each)), fmt="o")
-    axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
-    if rank() == 0:
-        figure.savefig(folder / "asked_against_got.png")
+        print0(f"{row['algorithm'] + ' ' + row['variant']:<{width}}"
+               + "".join(f"{cell:>10}" for cell in cells))
+    if len(shown) < len(rows):
+        print0(f"  {len(rows) - len(shown)} row(s) of other prompts, scorers or samples not shown")
 
 
 # ----------------------------------------------------------------------------------- training run
@@ -2659,8 +2570,8 @@ MOST_SKIPPED = 5  # steps in a row without a finite gradient, before a run gives
 class TrainingRun:
     """What surrounds a training loop: resuming, the progress bar, metrics.jsonl, checkpoints.
 
-    Used as a context; `first` is the step to begin with, `state` a JSON-able dict that checkpoints
-    keep, `cost` what the run has spent, earlier launches included.
+    Used as a context; `first` is the step to begin with, `cost` what the run has spent, earlier
+    launches included.
     """
     folder: Path
     policy: torch.nn.Module
@@ -2669,12 +2580,11 @@ class TrainingRun:
     total: int
     cfg: Config
     cost: Cost
-    state: dict = field(default_factory=dict)
 
     def __enter__(self) -> TrainingRun:
         self.skipped, self.start = 0, time.perf_counter()
         self.first, written = self.restore()
-        name = self.folder.name.strip(".").removesuffix(".new")
+        name = self.folder.name.removeprefix(".")
         self.report = metrics_tracker(self.cfg, self.folder, name, self.first)
         self.bar = progress(None, name, total=self.total, initial=self.first, unit="step")
         path = self.folder / "metrics.jsonl" if rank() == 0 else os.devnull
@@ -2689,24 +2599,27 @@ class TrainingRun:
 
     def steps(self, examples: Examples) -> Iterator[tuple[int, Batch]]:
         """The optimiser steps that are left, numbered."""
-        model = getattr(self.policy, "module", self.policy).model
-        for step, epoch, indices in step_indices(len(examples), self.cfg, self.total, self.first):
-            batch = Batch([examples.example(i, epoch) for i in indices], self.cfg)
+        cfg, model = self.cfg, getattr(self.policy, "module", self.policy).model
+        drawn_for, drawn = None, None
+        for step, epoch, indices in step_indices(len(examples), cfg.batch_size, cfg.seed,
+                                                 self.total, self.first):
+            if examples.draw:
+                if epoch != drawn_for:
+                    drawn_for, drawn = epoch, examples.draw(epoch)
+                indices = drawn[indices]
+            batch = Batch([examples.example(i, epoch) for i in indices], cfg, is_padded(model))
             for micro in batch.micros:
-                pairs = sum(n * n for n in micro.lengths)
-                self.cost.add_forward(model, len(micro.input_ids), pairs, len(micro.rows), passes=3)
+                self.cost.add_forward(model, len(micro.input_ids), passes=3)
             yield step, batch
 
     def log(self, step: int, **values: Any) -> None:
         """Writes a line of metrics.jsonl, values averaged over ranks, None where one is not finite;
         takes a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
         values = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()}
-        *sums, flops, tokens = sum_over_ranks(*values.values(), self.cost.flops,
-                                              self.cost.generated_tokens)
+        *sums, flops = sum_over_ranks(*values.values(), self.cost.flops)
         line = {"step": step, **{name: total / world_size() if math.isfinite(total) else None
                                  for name, total in zip(values, sums)}}
-        spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops,
-                 "generated_tokens": int(tokens)}
+        spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops}
         self.file.write(json.dumps({**line, **spent}) + "\n")
         known = {name: value for name, value in line.items() if value is not None}
         self.report(known)
@@ -2731,7 +2644,7 @@ class TrainingRun:
     def checkpoint(self, step: int, spent: dict) -> None:
         """Writes checkpoints/step beside and renames; the last two are kept.
 
-        Nothing else is needed to go on: data order and sampling follow from seed and step.
+        Nothing else is needed to resume: data order and sampling follow from seed and step.
         """
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -2742,12 +2655,12 @@ class TrainingRun:
         weights, moments = get_state_dict(self.policy, self.optimizer)
         try:
             dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work,
-                     no_dist=not dist.is_initialized())  # it syncs the files
-        except dcp.CheckpointException as problem:  # of all ranks, a BaseException
+                     no_dist=not dist.is_initialized())
+        except dcp.CheckpointException as problem:  # a BaseException
             raise next(iter(problem.failures.values()))[0] from None
         if rank() == 0:
-            record = {"step": step, "state": self.state, "schedule": self.schedule.state_dict(),
-                      "metrics_bytes": self.file.tell(), "world_size": world_size(), "cost": spent}
+            record = {"step": step, "schedule": self.schedule.state_dict(), "cost": spent,
+                      "metrics_bytes": self.file.tell(), "world_size": world_size()}
             write_beside(work / "state.json", [json.dumps(record)])
             work.rename(work.with_name(f"{step:08}"))
             for old in checkpoints_in(self.folder)[2:]:
@@ -2755,34 +2668,44 @@ class TrainingRun:
         barrier()
 
     def restore(self) -> tuple[int, int]:
-        """Takes up the last checkpoint: its step and the bytes of metrics.jsonl then, or 0s.
+        """Loads the last checkpoint that is whole: its step and the bytes of metrics.jsonl then, or
+        0s.  Raises BadInput where there are checkpoints, and none is whole."""
+        checkpoints = gather(checkpoints_in(self.folder))[0]  # as rank 0 sees them
+        for folder in checkpoints:
+            record = read_record(folder / "state.json")
+            if record and self.load(folder):
+                break
+            print0(f"  {folder}: damaged; the checkpoint before it is taken, if there is one")
+        else:
+            require(not checkpoints, f"{self.folder}: holds no checkpoint that is whole; delete it "
+                    "to train from the start")
+            return 0, 0
+        self.schedule.load_state_dict(record["schedule"])
+        self.cost.seconds = record["cost"]["seconds"]
+        self.cost.flops = record["cost"]["flops"] / world_size()  # summed over ranks in the end
+        ranks = record["world_size"]
+        print0(f"  resuming from step {record['step']}" + ("" if ranks == world_size() else
+               f" (saved on {ranks} ranks: with {world_size()} the last bits may differ)"))
+        return record["step"], record["metrics_bytes"]
 
-        Raises BadInput where it is damaged, or another user's: torch unpickles its metadata.
-        """
+    def load(self, folder: Path) -> bool:
+        """Loads policy and optimiser from a checkpoint; False where it is damaged."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        last = gather(checkpoints_in(self.folder)[:1])[0]  # as rank 0 sees it
-        if not last:
-            return 0, 0
-        record, ways_out = read_record(last[0] / "state.json"), "delete it, or give --no_resume"
-        require({path.stat().st_uid for path in last[0].iterdir()} <= {os.getuid(), 0},
-                f"{last[0]}: another user's, who could run code by it; {ways_out}")
         weights, moments = get_state_dict(self.policy, self.optimizer)
         try:
-            dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=last[0],
+            dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder,
                      no_dist=not dist.is_initialized())
-        except dcp.CheckpointException as problem:
-            raise BadInput(f"{last[0]}: damaged; {ways_out}") from problem
+        except dcp.CheckpointException:
+            return False
         set_state_dict(self.policy, self.optimizer, model_state_dict=weights,
                        optim_state_dict=moments)
-        self.schedule.load_state_dict(record["schedule"])
-        self.state.update(record["state"])
-        spent = record["cost"] if rank() == 0 else {"seconds": record["cost"]["seconds"]}
-        vars(self.cost).update(spent)  # the ranks' FLOPs and tokens are summed in the end
-        ranks = record["world_size"]
-        print0(f"  goes on from step {record['step']}" + ("" if ranks == world_size() else
-               f", which {ranks} rank(s) reached: with {world_size()} the last bits may differ"))
-        return record["step"], record["metrics_bytes"]
+        return True
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A stage's checkpoints, the last first."""
+    return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
 
 
 def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callable[[dict], None]:
@@ -2794,11 +2717,11 @@ def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callabl
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(str(folder), purge_step=first)
             return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
-        tracker = __import__(cfg.report_to)
+        import wandb
     except ImportError as problem:
         raise BadInput(f"--report_to {cfg.report_to}: pip install {cfg.report_to}") from problem
-    tracker.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}", config=asdict(cfg))
-    return lambda line: tracker.log(line, step=int(line["step"]))
+    wandb.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}", config=asdict(cfg))
+    return lambda line: wandb.log(line, step=int(line["step"]))
 
 
 # -------------------------------------------------------------------------------------- toy world
@@ -2862,10 +2785,15 @@ def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
     return reply
 
 
-def gold_reward(prompt: str, response: str, truncated: bool = False) -> float:
-    """The known truth about a reply, from its text alone; training never sees it.
+def gold_reward(prompts: list[str], responses: list[str],
+                truncated: Optional[list[bool]] = None) -> list[float]:
+    """The true reward of each reply, from its text alone; training never sees it."""
+    cut = truncated or [False] * len(prompts)
+    return list(map(true_reward, prompts, responses, cut))
 
-    +2 for a true answer to the question, +1 for each other true fact about the animal, +-0.5 for
+
+def true_reward(prompt: str, response: str, truncated: bool = False) -> float:
+    """+2 for a true answer to the question, +1 for each other true fact about the animal, +-0.5 for
     manners, -1 for a false statement, -0.5 for another animal, -0.25 for a vague or broken
     sentence, -0.5 for each beyond five, -1 without an end.
     """
@@ -2898,8 +2826,9 @@ def toy_data(out: str, seed: int) -> str:
         animal, kind = rng.choice(NAMES), rng.choice(tuple(QUESTIONS))
         prompt = f"\n\nHuman: {rng.choice(QUESTIONS[kind]).format(animal)}{TURN}"
         one, two = (" " + toy_reply(animal, kind, rng) for _ in range(2))
-        if rng.random() < 1 / (1 + math.exp(gold_reward(prompt, one) - gold_reward(prompt, two))):
-            one, two = two, one  # Bradley-Terry: the labeller is noisy
+        gap = true_reward(prompt, one) - true_reward(prompt, two)
+        if rng.random() < 1 / (1 + math.exp(gap)):  # Bradley-Terry: the labeller is noisy
+            one, two = two, one
         split = "train" if zlib.crc32(f"{animal} {kind}".encode()) % 5 else "test"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
     for split in lines if rank() == 0 else ():
@@ -2909,23 +2838,36 @@ def toy_data(out: str, seed: int) -> str:
 
 
 def base_policy(cfg: Config) -> Stage:
-    """The base policy: --model, or the toy world's small one, trained on what people wrote."""
+    """The base policy: --model, or the toy world's small one, trained on what people wrote.
+
+    Raises BadInput, before anything is trained, for a model that cannot be.
+    """
     if cfg.toy:
-        train = functools.partial(train_toy_base, cfg)
-        return build_stage(cfg, "base", settings(cfg, "data"), train)
-    if "condition" in read_record(Path(cfg.model, "run.json")):
-        print0(f"  {cfg.model}: a policy of dt.py, taken without its reward tag")
-    return Stage(cfg.model, content_hash(cfg.model), Cost())
+        stage = Stage(os.path.join(cfg.out, "base"), data_settings(cfg),
+                      functools.partial(train_toy_base, cfg))
+        build_stages(cfg, stage)
+        return stage
+    needs_reward_model = cfg.preferences and not cfg.reward_model
+    check_model(cfg.model, bool(needs_reward_model))
+    if not Path(cfg.out, "samples.jsonl").exists() and rank() == 0:
+        load_model(cfg.model, compute_dtype(cfg))  # whose checks need the weights
+    if "reward_tag" in read_record(Path(cfg.model, "run.json")):
+        print0(f"  {cfg.model}: a policy of dt.py; its chat template writes the tag of its default "
+               "target after every prompt")
+    return Stage(cfg.model, {"model": content_hash(cfg.model, MODEL_FILES)})
 
 
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
     """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses, on rank 0
     alone."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
-    pairs = [(r.prompt, text) for r in load_preferences(cfg)[0] for text in r.responses]
+    rows = read_rows(toy_data(cfg.out, cfg.seed), PREFERENCE_FIELDS, [], preference_of, quiet=True)
+    pairs = [pair for part, pair in rows if part == "train.jsonl"]
+    random.Random(cfg.seed).shuffle(pairs)
+    samples = [Sample(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
     if rank() == 0:
-        tokenizer = GPT2TokenizerFast().train_new_from_iterator(map("".join, pairs), 640,
-                                                                show_progress=False)
+        tokenizer = GPT2TokenizerFast().train_new_from_iterator(
+            (s.prompt + s.response for s in samples), 640, show_progress=False)
         tokenizer.save_pretrained(folder)
     barrier()
     codec = Codec(str(folder), cfg)
@@ -2934,17 +2876,17 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None)).to(device())
-    own = replace(cfg, lr=5e-3, steps=600, batch_size=32)
-    optimizer, schedule = make_optimizer(model, own, own.steps)
-    examples, steps = codec.tokenise(*zip(*pairs)), own.steps if rank() == 0 else 0
-    for _, _, indices in progress(step_indices(len(pairs), own, steps), "base", total=steps):
-        micro = collate([Example(*examples[i]) for i in indices])
+    steps = 600
+    optimizer, schedule = make_optimizer(model, 5e-3, steps)
+    examples = [Example(*codec.sample(s)) for s in samples]
+    own_steps = step_indices(len(examples), 32, cfg.seed, steps if rank() == 0 else 0)
+    for _, _, indices in progress(own_steps, "base", total=steps):
+        micro = collate([examples[i] for i in indices])
         hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]           # (N, D)
         torch.nn.functional.cross_entropy(model.lm_head(hidden), micro.targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        cost.add_forward(model, len(micro.input_ids), sum(n * n for n in micro.lengths),
-                         len(micro.rows), passes=3)
+        cost.add_forward(model, len(micro.input_ids), passes=3)
     save_folder(folder, model, codec, cfg, "# The toy world's base policy\n")

@@ -6,7 +6,7 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-What weighs 0 never enters a batch.  With --keep 1.0 nothing is filtered: that is supervised
+Filtered samples never enter a batch.  With --keep 1.0 nothing is filtered: that is supervised
 fine-tuning (SFT).  (Hu et al. 2023, arXiv 2308.12050, "filtering alignment".)  Left out: repeated
 generation and filtering, as in RAFT (arXiv 2304.06767) and ReST (arXiv 2308.08998).
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 import torch
@@ -30,13 +29,15 @@ from common import Cost, Examples, Samples, Stage, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    keep: float = flag(0.1, "share of samples kept, the best; 1.0: SFT", "(0, 1]", stage="training")
-    per_prompt: bool = flag(False, "keep that share of each prompt's samples, one at least",
-                            stage="training")
-    lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
-                     toy=2e-3, stage="training")
-    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
-                                stage="training")
+    keep: float = flag(0.1, "share of samples kept, the best; 1.0: SFT")
+    per_prompt: bool = flag(False, "keep that share of each prompt's samples, one at least")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require(0 < self.keep <= 1, f"--keep must lie in (0, 1], not {self.keep}")
+
+
+TOY = {"lr": 2e-3, "steps": 600}  # defaults in the toy world
 
 
 @common.compiled
@@ -78,11 +79,11 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
-    codec = common.Codec(base.folder, cfg)
-    policy = common.load_policy(base.folder, cfg)
+    codec = common.Codec(base.path, cfg)
+    policy = common.load_policy(base.path, cfg)
     examples = prepare(samples, cfg)
     steps = common.count_steps(len(examples), cfg)
-    optimizer, schedule = common.make_optimizer(policy, cfg, steps)
+    optimizer, schedule = common.make_optimizer(policy, cfg.lr, steps)
     common.print_plan(len(examples), cfg)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
@@ -105,13 +106,16 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
 
 def main(cfg: Config) -> None:
-    """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
+    """The five stages; finished ones are used again."""
     base = common.base_policy(cfg)
-    rm = reward_model.for_run(cfg, base)
-    samples = common.labelled_samples(cfg, base, rm)
-    policy = common.train_stage(cfg, "sft" if cfg.keep == 1 else "mle_filter", train, base, samples)
+    data = common.read_data(cfg, base)
+    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
+    samples = common.labelled_samples(cfg, base, data, rm)
+    name = "sft" if cfg.keep == 1 else "mle_filter"
+    policy = common.policy_stage(cfg, name, train, base, samples)
+    common.build_stages(cfg, rm, samples, policy)
     variants = [common.Variant(f"keep {cfg.keep:g}{' per prompt' if cfg.per_prompt else ''}")]
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
 
 
 if __name__ == "__main__":

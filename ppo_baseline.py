@@ -4,16 +4,16 @@
                at its last token
     advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
-               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square and an
-               entropy bonus
+               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square
 
 The online baseline: it learns from what it says itself, so it generates, scores and learns in turn.
 (Schulman et al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the
-reward, and beta that adapts: Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024,
-arXiv 2403.17031.)  gamma is 1.  Scores are in standard deviations of the labelled samples, of which
-PPO takes nothing else; a response that is cut off scores --missing_eos_score at most.  The critic
-starts as a copy of the reward model and is read before every response token.  Left out: reward
-whitening, dropout, mixing in SFT gradients.
+reward: Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma
+is 1.  Scores are in standard deviations of the labelled samples, of which PPO takes nothing else; a
+response that is cut off scores --missing_eos_score at most.  The critic starts as a copy of the
+reward model, or else of the base policy under a new head, and is read before every response token.
+Left out: a beta that adapts to a target KL, an entropy bonus, a clip of its own for the value,
+reward whitening, dropout, mixing in SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS --out runs/mine
@@ -23,9 +23,9 @@ from __future__ import annotations
 import functools
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -39,73 +39,61 @@ from common import Cost, Example, MicroBatch, Samples, Stage, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the base policy, in reward z",
-                          "[0, inf)", stage="training")
-    kl_target: Optional[float] = flag(None, "adapt beta until a response's KL to base is so many "
-                                      "nats (6 is usual)", "(0, inf)", stage="training")
-    kl_horizon: float = flag(10000.0, "with --kl_target: beta moves by at most a fifth in so many "
-                             "responses", "(0, inf)", toy=1000.0, stage="training")
-    gae_lambda: float = flag(0.95, "lambda of the advantages: 1 is the return itself, 0 one step "
-                             "ahead", "[0, 1]", stage="training")
-    clip: float = flag(0.2, "eps: how far a token's probability ratio may gain from moving",
-                       "(0, 1000]", stage="training")
-    value_clip: float = flag(0.2, "how far a value may gain from moving", "(0, inf)",
-                             stage="training")
+    kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the base policy, in reward z")
+    gae_lambda: float = flag(0.95, "lambda of the advantages: 1 is the return itself, 0 one step")
+    clip: float = flag(0.2, "clip range of the probability ratio, and of the value")
     value_coef: float = flag(0.1, "weight of the value loss; --critic_lr does more, as Adam undoes "
-                             "most of a scale", "[0, inf)", stage="training")
-    entropy_coef: float = flag(0.0, "weight of an entropy bonus", "[0, inf)", stage="training")
-    missing_eos_score: float = flag(-1.0, "a response that was cut off scores this at most",
-                                    "[-1000, 1000]", stage="training")
-    rollout_batch_size: int = flag(1024, "responses per iteration, all ranks together", "[1, inf)",
-                                   toy=256, stage="training")
-    ppo_epochs: int = flag(4, "passes over an iteration's responses", "[1, inf)", stage="training")
-    critic_lr: float = flag(9e-6, "peak learning rate of the critic", "(0, 1000]", toy=2e-3,
-                            stage="training")
-    lr: float = flag(5e-7, "peak learning rate, falling to 0 in a line", "(0, 1000]", toy=5e-4,
-                     stage="training")
-    epochs: int = flag(1, "responses to each training prompt, rounded up to whole iterations",
-                       "[1, inf)", stage="training")
-    steps: Optional[int] = flag(None, "iterations, in place of --epochs", "[1, inf)", toy=20,
-                                stage="training")
-    batch_size: int = flag(128, "responses per optimiser step, all ranks together", "[1, inf)",
-                           toy=64, stage="training")
+                             "most of a scale")
+    missing_eos_score: float = flag(-1.0, "a response that was cut off scores this at most")
+    rollout_batch_size: int = flag(1024, "responses per iteration, all ranks together")
+    ppo_epochs: int = flag(4, "passes over an iteration's responses")
+    critic_lr: float = flag(9e-6, "peak learning rate of the critic")
+    lr: float = flag(5e-7, "peak learning rate, falling to 0 in a line")
+    epochs: int = flag(1, "responses to each training prompt, rounded up to whole iterations")
+    steps: Optional[int] = flag(None, "iterations, in place of --epochs")
+    batch_size: int = flag(128, "responses per optimiser step, all ranks together")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kl_target is not None:
-            common.require(self.kl_coef > 0, "--kl_target needs a --kl_coef above 0 to start from")
-            common.require(self.kl_horizon >= self.rollout_batch_size,
-                           "--kl_horizon must not be below --rollout_batch_size")
+        common.require(self.kl_coef >= 0 and self.value_coef >= 0,
+                       "--kl_coef and --value_coef must not be below 0")
+        common.require(0 <= self.gae_lambda <= 1, "--gae_lambda must lie in [0, 1]")
+        common.require(self.clip > 0 and self.critic_lr > 0,
+                       "--clip and --critic_lr must be above 0")
+        common.require(self.ppo_epochs >= 1, "--ppo_epochs must be at least 1")
         common.require(self.temperature > 0, "PPO explores: --temperature must be above 0")
         common.require(self.batch_size <= self.rollout_batch_size,
                        "--batch_size must not exceed --rollout_batch_size")
 
 
+TOY = {"rollout_batch_size": 256, "critic_lr": 2e-3, "lr": 5e-4, "steps": 20, "batch_size": 64}
+
+
 @common.compiled
 def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob: torch.Tensor,
                        advantage: torch.Tensor, temperature: float, clip: float,
-                       entropy_coef: float, statistics: torch.Tensor) -> torch.Tensor:
+                       statistics: torch.Tensor) -> torch.Tensor:
     """Each row's loss (N,); overwrites logits (N, V) with its gradient, adds to statistics (3,).
 
-    loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)) - entropy_coef H, with rho = exp(log p -
-    old_log_prob), p = softmax(logits / temperature)[target]; targets, old_log_prob, A = advantage
-    (N,).  Statistics are sums over rows of (log rho)^2 / 2, which estimates KL(old, new), of
-    whether the clip bites, and of the entropy H.  In float32 (float64 for float64).
+    loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), with rho = exp(log p - old_log_prob),
+    p = softmax(logits / temperature)[target]; targets, old_log_prob, A = advantage (N,).
+    Statistics are sums over rows of (log rho)^2 / 2, which estimates KL(old, new), of whether the
+    clip bites, and of the entropy.  In float32 (float64 for float64).
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     log_z = x.logsumexp(dim=1)                                                      # (N,)
-    entropy = log_z - ((x - log_z[:, None]).exp() * x).sum(dim=1)                   # (N,)
+    p = (x - log_z[:, None]).exp()                                                  # (N, V)
+    entropy = log_z - (p * x).sum(dim=1)                                            # (N,)
     log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z                       # (N,)
     log_ratio = (log_p - old_log_prob).clamp(-20, 20)
     ratio = log_ratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.maximum(plain, clipped) - entropy_coef * entropy
+    loss = torch.maximum(plain, clipped)
     # d loss / d log p[target] is -A rho where the clip does not bite, else 0; d log p[target] / d x
-    # is one_hot - p, and dH / d x = -p (log p + H); over the temperature, by the chain rule
+    # is one_hot - p; over the temperature, by the chain rule
     slope = torch.where(plain < clipped, 0.0, plain)  # NaN stays
-    pull = entropy_coef * (x + (entropy - log_z)[:, None]) - slope[:, None]         # (N, V)
-    gradient = (x - log_z[:, None]).exp() * pull + is_target.to(x.dtype) * slope[:, None]
+    gradient = slope[:, None] * (is_target.to(x.dtype) - p)                         # (N, V)
     logits.copy_(gradient / temperature)
     statistics += torch.stack([(log_ratio.square() / 2).sum(),
                                (plain < clipped).to(x.dtype).sum(), entropy.sum()])
@@ -122,21 +110,22 @@ def clipped_value_loss(value: torch.Tensor, old: torch.Tensor, returns: torch.Te
 class ActorCritic(common.Policy):
     """Policy and critic in one module, so that DDP's hooks cover both."""
 
-    def __init__(self, model: Any, critic: reward_model.RewardModel, samples: Samples, cfg: Config):
+    def __init__(self, model: Any, critic: reward_model.RewardModel, mean: float, std: float,
+                 cfg: Config):
+        """mean and std turn the critic's outputs into reward z."""
         super().__init__(model, cfg)
-        self.critic, rewards = critic, samples.rewards
-        self.mean, self.std = float(rewards.mean()), float(rewards.std())
+        self.critic, self.mean, self.std = critic, mean, std
 
     def values(self, micro: MicroBatch) -> torch.Tensor:
         """V of the state before each response token, in reward z: (N,) float32."""
         return (self.critic(micro.input_ids, micro.lengths, micro.rows) - self.mean) / self.std
 
     def forward(self, micro: MicroBatch, kernel: Callable,
-                value_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+                clip: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The kernel's loss and the value loss, sums over response tokens: float32 scalars."""
         old_log_prob, advantage, old_value, returns = micro.columns                     # (N,) each
         surrogate = super().forward(micro, kernel, old_log_prob, advantage)
-        value_error = clipped_value_loss(self.values(micro), old_value, returns, value_clip)
+        value_error = clipped_value_loss(self.values(micro), old_value, returns, clip)
         return surrogate, value_error.sum()
 
 
@@ -170,11 +159,11 @@ def ragged(responses: list) -> torch.Tensor:
 
 
 def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values: list,
-            z: np.ndarray, kl_coef: float, cfg: Config) -> tuple[list[Example], dict]:
+            z: np.ndarray, cfg: Config) -> tuple[list[Example], dict]:
     """A scored rollout -> examples, each token with its advantage; and means for the log."""
     old, value = ragged(old_log_probs), ragged(values)                                  # (R, T)
     kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(v) for v in values]).bool()
-    reward = -kl_coef * kl                                                              # (R, T)
+    reward = -cfg.kl_coef * kl                                                              # (R, T)
     reward[range(len(z)), mask.sum(1) - 1] += torch.as_tensor(z)
     advantage = advantages(reward, value, cfg.gae_lambda)
     returns = advantage + value
@@ -188,24 +177,24 @@ def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values:
                       "explained_variance": float(1 - unexplained)}
 
 
-def adapted(kl_coef: float, kl: float, cfg: Config) -> float:
-    """The next iteration's beta, nearer to what holds KL at --kl_target (Ziegler et al., 2.2)."""
-    if cfg.kl_target is None:
-        return kl_coef
-    error = min(max(kl / cfg.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * cfg.rollout_batch_size / cfg.kl_horizon)
-
-
-def new_critic(base: str, rm_folder: str, cfg: Config) -> reward_model.RewardModel:
-    """The reward model's weights; a new head on the base policy where its tokens are others."""
-    ours, theirs = (common.Codec(folder, cfg).tokenizer.get_vocab() for folder in (base, rm_folder))
-    if ours.items() <= theirs.items():
-        load = functools.partial(reward_model.load_classifier, rm_folder, torch.float32)
-    else:
-        print0(f"  {rm_folder} has other tokens than {base}: the critic starts from the latter")
-        codec = reward_model.padding_codec(base, cfg)
-        load = functools.partial(reward_model.new_classifier, base, codec)
-    return reward_model.RewardModel(common.load_for_training(load, cfg), common.compute_dtype(cfg))
+def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCritic:
+    """Base policy and critic: the reward model's weights; a new head on the base policy where the
+    reward model is a function, or reads other tokens."""
+    codec = reward_model.padding_codec(base.path, cfg)
+    load = functools.partial(reward_model.new_classifier, base.path, codec)
+    mean, std = 0.0, 1.0
+    if not common.FUNCTION.fullmatch(rm.path):
+        vocabulary = common.Codec(rm.path, cfg).tokenizer.get_vocab()
+        own = common.Codec(base.path, cfg).tokenizer.get_vocab()
+        if own.items() <= vocabulary.items():
+            load = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
+            mean, std = float(samples.rewards.mean()), float(samples.rewards.std())
+    if std == 1.0 and mean == 0.0:
+        print0("  the critic starts from the base policy with a new head")
+    model = common.load_for_training(functools.partial(common.load_model, base.path), cfg)
+    critic = common.load_for_training(load, cfg)
+    dtype = common.compute_dtype(cfg)
+    return ActorCritic(model, reward_model.RewardModel(critic, dtype), mean, std, cfg)
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
@@ -219,9 +208,9 @@ def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[An
 
 def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
              cfg: Config, seed: int, cost: Cost) -> Rollout:
-    """One response to each prompt from the policy as it is now; top-p is for evaluation."""
+    """One response to each prompt from the policy as it is now."""
     model = common.sampling_copy(actor.model, cfg)
-    responses = common.sample(model, ids, replace(cfg, top_p=1.0), seed, codec.stop_ids, cost,
+    responses = common.sample(model, ids, cfg, seed, codec.stop_ids, cost, cfg.temperature,
                               what="rollout")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(ids, responses)]
@@ -229,30 +218,24 @@ def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[l
                    examples)
 
 
-def minibatches(examples: list[Example], cfg: Config) -> Iterator[common.Batch]:
-    """An iteration's optimiser steps: --ppo_epochs passes over its examples."""
-    steps = common.count_steps(len(examples), cfg)
-    for _, _, indices in common.step_indices(len(examples), cfg, steps):
-        yield common.Batch([examples[i] for i in indices], cfg)
-
-
 def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any,
-           examples: list[Example], cfg: Config, cost: Cost) -> dict:
-    """A few passes over an iteration's examples; returns means over all their tokens."""
+           examples: list[Example], cfg: Config, seed: int, cost: Cost) -> dict:
+    """--ppo_epochs passes over an iteration's examples; returns means over all their tokens."""
     statistics = torch.zeros(3, device=common.device())
     loss, value_loss, norms, tokens = 0.0, 0.0, [], 0
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
-                               entropy_coef=cfg.entropy_coef, statistics=statistics)
-    for batch in minibatches(examples, cfg):
+                               statistics=statistics)
+    steps = cfg.ppo_epochs * math.ceil(len(examples) / cfg.batch_size)
+    for _, _, indices in common.step_indices(len(examples), cfg.batch_size, seed, steps):
+        batch = common.Batch([examples[i] for i in indices], cfg, common.is_padded(actor.model))
         lr = schedule.get_last_lr()[0]
         for micro in batch.micros:
             policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
-            surrogate, value_error = policy(micro, kernel, cfg.value_clip)
+            surrogate, value_error = policy(micro, kernel, cfg.clip)
             ((surrogate + cfg.value_coef * value_error) / batch.normaliser).backward()
             loss, value_loss = loss + surrogate.detach(), value_loss + value_error.detach()
-            pairs = sum(n * n for n in micro.lengths)
-            cost.add_forward(actor.model, len(micro.input_ids), pairs, len(micro.rows), 3)
-            cost.add_forward(actor.critic.model, len(micro.input_ids), pairs, 0, 3)
+            cost.add_forward(actor.model, len(micro.input_ids), passes=3)
+            cost.add_forward(actor.critic.model, len(micro.input_ids), passes=3)
         norm, critic_norm = (torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
                              for module in (actor.model, actor.critic))
         if norm.isfinite() and critic_norm.isfinite():  # else skipped, on all ranks alike
@@ -268,26 +251,23 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
             "grad_norm": float(np.mean(norms)) if norms else math.nan}  # of the updates made
 
 
-def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, rm: Stage) -> None:
+def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, rm: Stage,
+          prompts: list) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
-    codec = common.Codec(base.folder, cfg)
-    model = common.load_for_training(functools.partial(common.load_model, base.folder), cfg)
-    score, reference = rm.load_scorer(), common.load_policy(base.folder, cfg, True)
-    actor = ActorCritic(model, new_critic(base.folder, rm.folder, cfg), samples, cfg)
+    codec = common.Codec(base.path, cfg)
+    score, reference = rm.load(), common.load_policy(base.path, cfg, frozen=True)
+    actor = new_actor(cfg, base, rm, samples)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
-    prompts, size = common.split_prompts(cfg, held_out=False), cfg.rollout_batch_size
-    ids = codec.prompts(prompts)
-    codec.say_cuts()
+    ids, size = [codec.prompt(prompt) for prompt in prompts], cfg.rollout_batch_size
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / size)
+    passes = math.ceil(iterations * size / len(prompts))
     order = np.concatenate([np.random.default_rng((cfg.seed, turn)).permutation(len(prompts))
-                            for turn in range(math.ceil(iterations * size / len(prompts)))])
+                            for turn in range(passes)])
     optimizer, schedule = make_optimizer(actor, cfg, iterations)
-    beta = {"now": cfg.kl_coef}
     print0(f"  {len(prompts):,} prompts; {iterations} iterations of {size} responses, "
            f"each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
 
-    with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost,
-                            beta) as run:
+    with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost) as run:
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
             batch = order[iteration * size:][:size]
@@ -300,49 +280,41 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
             clock.append(time.perf_counter())
 
             # by the training forward, not the sampler's: the first ratio is 1, in bfloat16 too
-            old_log_probs, base_log_probs = (
-                common.each_response_token(module.log_probs, module.model, rollout.examples, cfg,
-                                           cost) for module in (actor, reference))
+            old_log_probs, base_log_probs = (common.each_response_token(
+                functools.partial(module.log_probs, temperature=cfg.temperature), module.model,
+                rollout.examples, cfg, cost) for module in (actor, reference))
             values = common.each_response_token(actor.values, actor.critic.model,
                                                 rollout.examples, cfg, cost)
             examples, reward_metrics = prepare(rollout, old_log_probs, base_log_probs, values, z,
-                                               beta["now"], cfg)
+                                               cfg)
             clock.append(time.perf_counter())
 
-            passes = replace(cfg, epochs=cfg.ppo_epochs, steps=None, seed=seed % 2**32)
-            update_metrics = update(policy, actor, optimizer, schedule, examples, passes, cost)
+            update_metrics = update(policy, actor, optimizer, schedule, examples, cfg,
+                                    seed % 2**32, cost)
             clock.append(time.perf_counter())
 
             seconds, tokens = np.diff(clock), sum(int(e.mask.sum()) for e in examples)
-            metrics = {**reward_metrics, **update_metrics, "kl_coef": beta["now"], "tokens": tokens,
-                       "response_tokens": tokens / len(examples),
-                       "eos_rate": 1 - np.mean(rollout.truncated),
-                       "generation_share": seconds[0] / seconds.sum(),
-                       "rollout_tokens_per_second": tokens / seconds[0],
-                       **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds))}
-            if cfg.toy:  # for the record alone: training never sees it
-                metrics["gold"] = np.mean(list(map(common.gold_reward, *rollout[:3])))
-            beta["now"] = adapted(beta["now"], reward_metrics["kl"], cfg)
-            run.log(iteration, **metrics)
+            run.log(iteration, **reward_metrics, **update_metrics, tokens=tokens,
+                    response_tokens=tokens / len(examples), eos_rate=1 - np.mean(rollout.truncated),
+                    generation_share=seconds[0] / seconds.sum(),
+                    rollout_tokens_per_second=tokens / seconds[0],
+                    **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds)))
     common.save_policy(folder, policy, codec, cfg)
 
 
 def main(cfg: Config) -> None:
-    """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
+    """The five stages; finished ones are used again."""
     base = common.base_policy(cfg)
-    rm = reward_model.for_run(cfg, base)
+    data = common.read_data(cfg, base)
+    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
     common.require(rm, "PPO scores what it samples: give --reward_model, or --preferences")
-    samples = common.labelled_samples(cfg, base, rm)
-    common.require(samples.labelled_by == rm.fingerprint,
-                   f"{cfg.samples}: PPO takes the units of its reward from the samples, so the "
-                   "same reward model must have labelled them; leave --samples away to label the "
-                   "data's")
-    policy = common.train_stage(cfg, "ppo", functools.partial(train, rm=rm), base, samples, "data",
-                                "samples", scorer=rm.fingerprint)
-    variants = [common.Variant(f"kl {cfg.kl_coef:g}" + (f" to {cfg.kl_target:g}" if cfg.kl_target
-                                                        else ""))]
-    samples.costs = {"reward_model": rm.cost}  # PPO needs no more of what the samples took
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
+    samples = common.labelled_samples(cfg, base, data, rm)
+    train_here = functools.partial(train, rm=rm, prompts=data.prompts)
+    policy = common.policy_stage(cfg, "ppo", train_here, base, samples, temperature=cfg.temperature)
+    common.build_stages(cfg, rm, samples, policy)
+    variants = [common.Variant(f"kl {cfg.kl_coef:g}")]
+    # PPO needs no more of what the samples took than their mean and deviation
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm)
 
 
 if __name__ == "__main__":

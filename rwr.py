@@ -1,4 +1,4 @@
-"""Reward-weighted regression: imitate every response, the better the more.
+"""Reward-weighted regression: imitate every response, weighted by its reward.
 
     w_i = min(exp(z_i / beta), w_max) / their mean over all samples
     L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i |y_i|
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,15 +31,17 @@ from common import Cost, Examples, Samples, Stage, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    beta: float = flag(0.25, "temperature of the weights: large is plain SFT, small only the best",
-                       "(0, inf)", toy=0.18, stage="training")
-    w_max: float = flag(20.0, "cap on a weight; 0: none", "[0, inf)", toy=0.0, stage="training")
-    weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`",
-                                               stage="training")
-    lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0", "(0, 1000]",
-                     toy=2e-3, stage="training")
-    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs", "[1, inf)", toy=600,
-                                stage="training")
+    beta: float = flag(0.25, "temperature of the weights: large is SFT, small only the best")
+    w_max: float = flag(20.0, "cap on a weight; 0: none")
+    weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        common.require(self.beta > 0, f"--beta must be above 0, not {self.beta}")
+        common.require(self.w_max >= 0, f"--w_max must not be below 0, not {self.w_max}")
+
+
+TOY = {"beta": 0.18, "w_max": 0.0, "lr": 2e-3, "steps": 600}  # defaults in the toy world
 
 
 @common.compiled
@@ -63,15 +65,17 @@ def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor,
 
 
 def weigh(z: np.ndarray, beta: float, w_max: float) -> np.ndarray:
-    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], so that none overflows."""
+    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], to avoid overflow."""
     log_w = np.minimum(z / beta, np.log(w_max) if w_max else np.inf)
     return np.exp(log_w - log_w.max())
 
 
 def prepare(samples: Samples, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on."""
-    weight = (samples.weights if cfg.weights == "given" else
-              weigh(samples.z(samples.rewards), cfg.beta, cfg.w_max))
+    if cfg.weights == "given":
+        weight = samples.weights
+    else:
+        weight = weigh(samples.z(samples.rewards), cfg.beta, cfg.w_max)
     common.require(weight.min() >= 0 and weight.max() > 0,  # NaN, where there is none, fails
                    "--weights given: every sample needs a `weight`, and one must be above 0")
     print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
@@ -81,11 +85,11 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
-    codec = common.Codec(base.folder, cfg)
-    policy = common.load_policy(base.folder, cfg)
+    codec = common.Codec(base.path, cfg)
+    policy = common.load_policy(base.path, cfg)
     examples = prepare(samples, cfg)
     steps = common.count_steps(len(examples), cfg)
-    optimizer, schedule = common.make_optimizer(policy, cfg, steps)
+    optimizer, schedule = common.make_optimizer(policy, cfg.lr, steps)
     common.print_plan(len(examples), cfg)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
@@ -108,13 +112,15 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
 
 def main(cfg: Config) -> None:
-    """Base policy, reward model, labelled samples, training, evaluation: what is there is kept."""
+    """The five stages; finished ones are used again."""
     base = common.base_policy(cfg)
-    rm = reward_model.for_run(cfg, base)
-    samples = common.labelled_samples(cfg, base, rm)
-    policy = common.train_stage(cfg, "rwr", train, base, samples)
+    data = common.read_data(cfg, base)
+    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
+    samples = common.labelled_samples(cfg, base, data, rm)
+    policy = common.policy_stage(cfg, "rwr", train, base, samples)
+    common.build_stages(cfg, rm, samples, policy)
     variants = [common.Variant("given weights" if cfg.weights == "given" else f"beta {cfg.beta:g}")]
-    common.evaluate(cfg, policy, variants, base, rm, samples, reward_model.judge(cfg))
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
 
 
 if __name__ == "__main__":
