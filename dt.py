@@ -8,23 +8,20 @@ i runs over the responses of a step's batch, all ranks together, and t over a re
 z is the reward in standard deviations from the samples' mean.
 
 A tag that says z_i is appended to the prompt: a digit, ` 7`, a word, ` good`, or the paper's text,
-` <rm_score>: 1.52 `; the response follows.  (Hu et al. 2023, arXiv 2308.12050, "conditional
-alignment"; Chen et al. 2021, arXiv 2106.01345.)  Some examples go without it, so that guidance has
-its p(. | x) (Ho & Salimans 2022, arXiv 2207.12598).  Left out: returns-to-go at each token, as the
-reward comes once; new tokens as tags.
+` <rm_score>: 1.52 `.  (Hu et al. 2023, arXiv 2308.12050, "conditional alignment"; Chen et al. 2021,
+arXiv 2106.01345.)  Some examples go without it, so that guidance has its p(. | x) (Ho & Salimans
+2022, arXiv 2207.12598).  Left out: returns-to-go at each token, as the reward comes once.
 
     python dt.py                                               the toy world, one CPU
     torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
 """
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,28 +34,25 @@ from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    target: list[str] = flag(["q5", "q50", "q99"], "target rewards to evaluate: numbers, quantiles "
-                             "(q95), none; the last, at training, becomes the saved default")
-    guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales; "
-                                 "0: none")
+    target: list[str] = flag(["q5", "q50", "q99"], "target rewards to evaluate, z or quantiles; "
+                             "the last, at training, is the saved policy's default")
+    guidance: list[float] = flag([0.5], "also evaluate the last target guided by this; 0: not")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
-    emphasis: float = flag(0.0, "draw samples in proportion to |z|^emphasis; 0: each once")
+    emphasis: float = flag(0.0, "samples are drawn in proportion to |z|^emphasis; 0: each once")
     reward_format: Literal["digit", "word", "decimal"] = flag(
-        "digit", "digit: ` 5`, where 4 is the mean and a step half a standard deviation; word: "
-        "` terrible` to ` excellent`; decimal: the paper's ` <rm_score>: 1.52 `")
+        "digit", "` 5`: 4 is the mean and a step half a deviation; ` terrible` to ` excellent`; or "
+        "the paper's ` <rm_score>: 1.52 `")
     evaluation_flags = ("target", "guidance")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(0 <= self.condition_dropout < 1, "--condition_dropout must lie in [0, 1)")
         common.require(0 <= self.emphasis <= 100, "--emphasis must lie in [0, 100]")
-        common.require(min(self.guidance, default=0) >= 0, "--guidance must not be below 0")
-        common.require(self.condition_dropout or not any(self.guidance)
-                       and "none" not in self.target, "--guidance and the target none need a "
-                       "--condition_dropout above 0; without, give --guidance 0")
-        common.require(self.target[-1] != "none", "--target: the last one is the default, a reward")
+        common.require(0 <= self.condition_dropout < 1, "--condition_dropout must lie in [0, 1)")
+        common.require(self.condition_dropout or not any(self.guidance),
+                       "--guidance needs a --condition_dropout above 0; without, give --guidance 0")
         for target in self.target:
-            target_reward(target, np.zeros(1))  # a mistyped one fails here, before any training
+            common.require(re.fullmatch(r"-?\d+(\.\d+)?|q\d\d?(\.\d+)?|q100", target),
+                           f"--target takes numbers and quantiles, q0 to q100, not {target!r}")
 
 
 TOY = {"lr": 5e-3, "steps": 600}  # defaults in the toy world
@@ -84,37 +78,25 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 WORDS = (" terrible", " bad", " average", " good", " excellent")
-WORD_EDGES = (-0.84, -0.25, 0.25, 0.84)  # z that divide a normal distribution into fifths
 
 
-def reward_tag(z: Optional[float], cfg: Config) -> str:
-    """The text between prompt and response, in training and sampling alike; "" for None."""
-    if z is None:
-        return ""
-    if cfg.reward_format == "word":
-        return WORDS[int(np.searchsorted(WORD_EDGES, z))]
+def reward_tag(z: float, cfg: Config) -> str:
+    """The text between prompt and response, in training and sampling alike."""
+    if cfg.reward_format == "word":  # edges: the fifths of a normal distribution
+        return WORDS[int(np.searchsorted((-0.84, -0.25, 0.25, 0.84), z))]
     if cfg.reward_format == "decimal":
         return f" <rm_score>: {z:.2f} "
     return f" {min(max(round(2 * z) + 4, 0), 9)}"
 
 
-def target_reward(target: str, z: np.ndarray) -> Optional[float]:
-    """A target as a z: "1.5" is 1.5, "q95" the 95 % quantile of z, "none" None; else BadInput."""
-    if target == "none":
-        return None
-    try:
-        value = float(np.quantile(z, float(target[1:]) / 100) if target[:1] == "q" else target)
-    except ValueError:
-        value = math.nan
-    common.require(abs(value) < 1e6,
-                   f"--target takes numbers, quantiles from q0 to q100, or none, not {target!r}")
-    return value
-
-
-def variant_of(target: str, samples: Samples, codec: common.Codec, cfg: Config) -> Variant:
-    """The way to ask the policy for a target reward."""
-    z = target_reward(target, samples.z(samples.rewards))
-    if z is not None and cfg.reward_format == "digit":
+def ask_for(target: str, samples: Samples, codec: common.Codec, cfg: Config) -> Variant:
+    """The way to ask the policy for a target: 1.5, a z, or q95, the 95 % quantile of the samples'.
+    """
+    if target.startswith("q"):
+        z = float(np.quantile(samples.z(samples.rewards), float(target[1:]) / 100))
+    else:
+        z = float(target)
+    if cfg.reward_format == "digit":
         z = min(max(z, -2.0), 2.5)  # what 0 and 9 stand for
     tag = reward_tag(z, cfg)
     return Variant(f"target {target}", tag, codec.continuation(tag), target=z)
@@ -123,17 +105,15 @@ def variant_of(target: str, samples: Samples, codec: common.Codec, cfg: Config) 
 def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on.
 
-    With --emphasis an epoch draws its samples by |z|^emphasis: a tag near the mean says little
-    about a response, and most samples lie there; what is learnt about the tag comes from the ends.
+    --emphasis: a tag near the mean says little about a response, and most samples lie there.
     """
     z = samples.z(samples.rewards)
     tags = [reward_tag(reward, cfg) for reward in z]
-    shares = Counter(tags).most_common()
-    common.require(len(shares) > 1, f"all samples get the reward tag{tags[0]}: it would tell "
-                   "nothing; try another --reward_format")
-    print0(f"  {len(shares):,} reward tags:" + ",".join(
-        f"{tag} {count / len(tags):.1%}" for tag, count in sorted(shares[:10])))
-    ids = {tag: codec.continuation(tag) for tag, _ in shares}
+    counts = Counter(tags)
+    common.require(len(counts) > 1, f"all samples get the reward tag{tags[0]}, which tells nothing")
+    print0(f"  {len(counts):,} reward tags; share of the samples:" + ",".join(
+        f"{tag} {count / len(z):.0%}" for tag, count in sorted(counts.items())[:10]))
+    ids = {tag: codec.continuation(tag) for tag in counts}
     chance = np.abs(z) ** cfg.emphasis
 
     def tag(i: int, epoch: int) -> list[int]:
@@ -142,8 +122,8 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
         return [] if drawn < cfg.condition_dropout else ids[tags[i]]
 
     def draw(epoch: int) -> np.ndarray:
-        return np.random.default_rng((cfg.seed, epoch, 1)).choice(
-            len(z), len(z), p=chance / chance.sum())
+        rng = np.random.default_rng((cfg.seed, epoch, 1))
+        return rng.choice(len(z), len(z), p=chance / chance.sum())
     return Examples(samples.tokens, tag=tag, draw=draw if cfg.emphasis else None)
 
 
@@ -173,63 +153,41 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
-    default = variant_of(cfg.target[-1], samples, codec, cfg)
+    default = ask_for(cfg.target[-1], samples, codec, cfg)
     if codec.tokenizer.chat_template:
-        codec.tokenizer.chat_template = template_with_tag(codec.tokenizer, default.tag)
-    common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT.format(tag=default.tag))
-    return {"reward_tag": default.tag, "reward_format": cfg.reward_format, "target": default.target,
+        # Jinja drops a template's last newline, which now is not the last any more
+        template = re.sub(r"(\r\n|\r|\n)\Z", "", codec.tokenizer.get_chat_template())
+        tag = "{{ '" + default.tag + "' if add_generation_prompt else '' }}"
+        codec.tokenizer.chat_template = template + tag
+    common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT)
+    return {"reward_tag": default.tag, "target": default.target,
             "mean": float(samples.rewards.mean()), "std": float(samples.rewards.std())}
 
 
-def template_with_tag(tokenizer: object, tag: str) -> str:
-    """The chat template, writing the tag after the generation prompt.  Jinja drops a template's
-    last newline, which would no longer be the last."""
-    template = re.sub(r"(\r\n|\r|\n)\Z", "", tokenizer.get_chat_template())
-    return template + "{{ " + json.dumps(tag) + " if add_generation_prompt else '' }}"
-
-
 ABOUT = """
-The tag `{tag}` asks for the default target reward; the chat template writes it by itself. Another
-target has another tag (white space counts): a digit is 4 at the mean of the samples' rewards and a
-step for each half of a standard deviation. run.json has format, mean and standard deviation. In a
-chat, replace the tag at the end of `tokenizer.chat_template`. To guide by g, away from the policy
-without a tag, pass `guidance_scale=1 + g` and the prompt without a tag as `negative_prompt_ids`.
+A prompt ends with the tag of the default target reward, which the chat template writes by itself.
+For another target write its tag there, also at the end of `tokenizer.chat_template`: a digit is 4
+at the mean of the samples' rewards, and a step is half a standard deviation (both in run.json).
+`generate` guides by g with `guidance_scale=1 + g`, `negative_prompt_ids` the prompt without a tag.
 """
 
 
-def report_slope(variants: list[Variant], replies: list[list[dict]], folder: str) -> None:
-    """Prints, and draws where matplotlib is there, the reward z got for each target, and the slope
-    of the one on the other: 1 where the policy follows its tag, 0 where it ignores it."""
-    want = np.array([variant.target for variant in variants], dtype=float)              # (K,)
+def report_slope(variants: list[Variant], replies: list[list[dict]]) -> None:
+    """Prints the reward z that each target got, and the slope of got on asked for: 1 where the
+    policy follows its tag, 0 where it ignores it."""
+    asked = [variant.target for variant in variants]                                    # (K,)
     got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
-    if len({variant.tag for variant in variants}) < 2 or np.isnan(got).any():
+    if len(set(asked)) < 2 or np.isnan(got).any():
         return
-    keys = [common.prompt_key(r["prompt"]) for r in replies[0]]
-    prompt = np.unique(keys, return_inverse=True)[1]                                    # (n,)
-    got = np.array([np.bincount(prompt, each) for each in got]) / np.bincount(prompt)   # (K, P)
-    centred = want - want.mean()
-    slopes = centred @ got / (centred @ centred)              # (P,), each prompt's least squares
-    error = 1.96 / math.sqrt(len(slopes))
-    print0("\nreward z")
     for variant, z in zip(variants, got):
-        print0(f"  {variant.name}: asked for {variant.target:+.2f}, got {z.mean():+.2f}")
-    slope, half = slopes.mean(), error * slopes.std()
-    print0(f"  slope {slope:.2f} [{slope - half:.2f}, {slope + half:.2f}], 95 % over {len(slopes)} "
-           "prompts")
+        print0(f"  {variant.name}: asked for z {variant.target:+.2f}, got {z.mean():+.2f}")
+    prompts = np.array([common.prompt_hash(r["prompt"]) for r in replies[0]])           # (n,)
+    slopes = [np.polyfit(asked, got[:, prompts == prompt].mean(1), 1)[0]
+              for prompt in np.unique(prompts)]
+    slope, half = np.mean(slopes), 1.96 * np.std(slopes) / np.sqrt(len(slopes))
+    print0(f"  slope {slope:.2f} ± {half:.2f} (95 % over {len(slopes)} prompts)")
     if slope + half < 0.2:
-        print0("  the policy barely follows the reward tag; that takes a few hundred optimiser "
-               "steps: try more --steps, or --emphasis 2")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure()
-    axes = figure.subplots()
-    axes.axline((0, 0), slope=1, color="grey", linestyle=":")
-    axes.errorbar(want, got.mean(1), error * got.std(1), fmt="o")
-    axes.set(xlabel="reward z asked for", ylabel="reward z got", title=f"slope {slope:.2f}")
-    if common.rank() == 0:
-        figure.savefig(Path(folder, "asked_against_got.png"))
+        print0("  the policy barely follows the reward tag: try more --steps, or --emphasis 2")
 
 
 def main(cfg: Config) -> None:
@@ -242,14 +200,13 @@ def main(cfg: Config) -> None:
     samples = common.labelled_samples(cfg, base, data, rm)
     policy = common.policy_stage(cfg, "dt", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
-    targets = [variant_of(target, samples.load(), codec, cfg) for target in cfg.target]
+    targets = [ask_for(target, samples.load(), codec, cfg) for target in cfg.target]
     guided = [targets[-1]._replace(name=f"{targets[-1].name}, guidance {g:g}", guidance=g)
               for g in cfg.guidance if g]
-    replies = common.evaluate(cfg, policy, targets + guided, base, data, rm, samples, judge, rm,
-                              samples)
-    with_target = [i for i, variant in enumerate(targets) if variant.target is not None]
-    if replies:
-        report_slope([targets[i] for i in with_target], [replies[i] for i in with_target], cfg.out)
+    variants = targets + guided
+    replies = common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
+    if replies and rm:
+        report_slope(targets, replies[:len(targets)])  # those unguided
 
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
                rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square
 
-The online baseline: it learns from what it says itself, so it generates, scores and learns in turn.
-(Schulman et al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the
-reward: Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma
-is 1.  Scores are in standard deviations of the labelled samples, of which PPO takes nothing else; a
-response that is cut off scores --missing_eos_score at most.  The critic starts as a copy of the
-reward model, or else of the base policy under a new head, and is read before every response token.
-Left out: a beta that adapts to a target KL, an entropy bonus, a clip of its own for the value,
-reward whitening, dropout, mixing in SFT gradients.
+The online baseline: it samples, scores and learns in turn.  (Schulman et al. 2017, arXiv
+1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward: Ziegler et al. 2019,
+arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in standard
+deviations of the labelled samples, of which PPO takes nothing else; a response that is cut off
+scores --missing_eos_score at most.  Left out: a beta that adapts to a target KL, an entropy bonus, a
+clip of its own for the value, reward whitening, dropout, mixing in SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS --out runs/mine
@@ -25,7 +23,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
@@ -42,8 +40,7 @@ class Config(common.Config):
     kl_coef: float = flag(0.05, "beta, the price of a nat of KL to the base policy, in reward z")
     gae_lambda: float = flag(0.95, "lambda of the advantages: 1 is the return itself, 0 one step")
     clip: float = flag(0.2, "clip range of the probability ratio, and of the value")
-    value_coef: float = flag(0.1, "weight of the value loss; --critic_lr does more, as Adam undoes "
-                             "most of a scale")
+    value_coef: float = flag(0.1, "weight of the value loss")
     missing_eos_score: float = flag(-1.0, "a response that was cut off scores this at most")
     rollout_batch_size: int = flag(1024, "responses per iteration, all ranks together")
     ppo_epochs: int = flag(4, "passes over an iteration's responses")
@@ -55,13 +52,11 @@ class Config(common.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(self.kl_coef >= 0 and self.value_coef >= 0,
-                       "--kl_coef and --value_coef must not be below 0")
         common.require(0 <= self.gae_lambda <= 1, "--gae_lambda must lie in [0, 1]")
-        common.require(self.clip > 0 and self.critic_lr > 0,
-                       "--clip and --critic_lr must be above 0")
-        common.require(self.ppo_epochs >= 1, "--ppo_epochs must be at least 1")
-        common.require(self.temperature > 0, "PPO explores: --temperature must be above 0")
+        for name in ("kl_coef", "value_coef"):
+            common.require(getattr(self, name) >= 0, f"--{name} must not be below 0")
+        for name in ("clip", "critic_lr", "ppo_epochs", "temperature"):
+            common.require(getattr(self, name) > 0, f"--{name} must be above 0")
         common.require(self.batch_size <= self.rollout_batch_size,
                        "--batch_size must not exceed --rollout_batch_size")
 
@@ -129,14 +124,6 @@ class ActorCritic(common.Policy):
         return surrogate, value_error.sum()
 
 
-class Rollout(NamedTuple):
-    """The policy's responses to a batch of prompts, all ranks together."""
-    prompts: list
-    texts: list[str]
-    truncated: list[bool]
-    examples: list[Example]
-
-
 def advantages(reward: torch.Tensor, value: torch.Tensor, gae_lambda: float) -> torch.Tensor:
     """Generalised advantage estimates (R, T) of reward and value (R, T); 0 after a response."""
     result, ahead, next_value = torch.zeros_like(reward), 0.0, 0.0
@@ -158,18 +145,18 @@ def ragged(responses: list) -> torch.Tensor:
     return pad_sequence(tensors, batch_first=True)
 
 
-def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values: list,
+def prepare(rollout: list[Example], old_log_probs: list, base_log_probs: list, values: list,
             z: np.ndarray, cfg: Config) -> tuple[list[Example], dict]:
     """A scored rollout -> examples, each token with its advantage; and means for the log."""
     old, value = ragged(old_log_probs), ragged(values)                                  # (R, T)
     kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(v) for v in values]).bool()
-    reward = -cfg.kl_coef * kl                                                              # (R, T)
+    reward = -cfg.kl_coef * kl                                                          # (R, T)
     reward[range(len(z)), mask.sum(1) - 1] += torch.as_tensor(z)
     advantage = advantages(reward, value, cfg.gae_lambda)
     returns = advantage + value
     columns = (old, whiten(advantage, mask), value, returns)
     examples = [e._replace(columns=tuple(column[i, :len(values[i])].numpy() for column in columns))
-                for i, e in enumerate(rollout.examples)]
+                for i, e in enumerate(rollout)]
     to_come = reward.flip(1).cumsum(1).flip(1)  # what really came: the returns lean on the critic
     unexplained = (to_come - value)[mask].var() / to_come[mask].var().clamp(min=1e-12)
     return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()),
@@ -178,23 +165,24 @@ def prepare(rollout: Rollout, old_log_probs: list, base_log_probs: list, values:
 
 
 def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCritic:
-    """Base policy and critic: the reward model's weights; a new head on the base policy where the
-    reward model is a function, or reads other tokens."""
-    codec = reward_model.padding_codec(base.path, cfg)
-    load = functools.partial(reward_model.new_classifier, base.path, codec)
-    mean, std = 0.0, 1.0
+    """Base policy and critic, which has the reward model's weights; the base policy's under a new
+    head where the reward model is a function or reads other tokens."""
+    same_tokens = False
     if not common.FUNCTION.fullmatch(rm.path):
-        vocabulary = common.Codec(rm.path, cfg).tokenizer.get_vocab()
-        own = common.Codec(base.path, cfg).tokenizer.get_vocab()
-        if own.items() <= vocabulary.items():
-            load = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
-            mean, std = float(samples.rewards.mean()), float(samples.rewards.std())
-    if std == 1.0 and mean == 0.0:
+        own, theirs = (common.Codec(s.path, cfg).tokenizer.get_vocab() for s in (base, rm))
+        same_tokens = own.items() <= theirs.items()
+    if same_tokens:
+        load = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
+        mean, std = float(samples.rewards.mean()), float(samples.rewards.std())
+    else:
         print0("  the critic starts from the base policy with a new head")
+        codec = reward_model.padding_codec(base.path, cfg)
+        load = functools.partial(reward_model.new_classifier, base.path, codec)
+        mean, std = 0.0, 1.0
     model = common.load_for_training(functools.partial(common.load_model, base.path), cfg)
     critic = common.load_for_training(load, cfg)
-    dtype = common.compute_dtype(cfg)
-    return ActorCritic(model, reward_model.RewardModel(critic, dtype), mean, std, cfg)
+    critic = reward_model.RewardModel(critic, common.compute_dtype(cfg))
+    return ActorCritic(model, critic, mean, std, cfg)
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
@@ -206,16 +194,15 @@ def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[An
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
 
 
-def roll_out(actor: ActorCritic, codec: common.Codec, prompts: list, ids: list[list[int]],
-             cfg: Config, seed: int, cost: Cost) -> Rollout:
-    """One response to each prompt from the policy as it is now."""
-    model = common.sampling_copy(actor.model, cfg)
-    responses = common.sample(model, ids, cfg, seed, codec.stop_ids, cost, cfg.temperature,
-                              what="rollout")
+def roll_out(actor: ActorCritic, codec: common.Codec, ids: list[list[int]], cfg: Config, seed: int,
+             cost: Cost) -> tuple[list[str], list[bool], list[Example]]:
+    """The policy's responses to a batch of prompts' ids, all ranks together: their texts, whether
+    they were cut off, and with their prompts as examples."""
+    responses = common.sample(common.sampling_copy(actor.model, cfg), ids, cfg, seed,
+                              codec.stop_ids, cost, cfg.temperature, what="rollout")
     examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
                 for p, r in zip(ids, responses)]
-    return Rollout(prompts, [codec.decode(r) for r in responses], [r.truncated for r in responses],
-                   examples)
+    return [codec.decode(r) for r in responses], [r.truncated for r in responses], examples
 
 
 def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any,
@@ -271,20 +258,20 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
         for iteration in range(run.first, iterations):
             clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
             batch = order[iteration * size:][:size]
-            rollout = roll_out(actor, codec, [prompts[i] for i in batch], [ids[i] for i in batch],
-                               cfg, seed, cost)
+            texts, truncated, rollout = roll_out(actor, codec, [ids[i] for i in batch], cfg, seed,
+                                                 cost)
             clock.append(time.perf_counter())
 
-            z = samples.z(score(rollout.prompts, rollout.texts, rollout.truncated, cost))
-            z = np.where(rollout.truncated, np.minimum(z, cfg.missing_eos_score), z)
+            z = samples.z(score([prompts[i] for i in batch], texts, truncated, cost))
+            z = np.where(truncated, np.minimum(z, cfg.missing_eos_score), z)
             clock.append(time.perf_counter())
 
             # by the training forward, not the sampler's: the first ratio is 1, in bfloat16 too
             old_log_probs, base_log_probs = (common.each_response_token(
                 functools.partial(module.log_probs, temperature=cfg.temperature), module.model,
-                rollout.examples, cfg, cost) for module in (actor, reference))
-            values = common.each_response_token(actor.values, actor.critic.model,
-                                                rollout.examples, cfg, cost)
+                rollout, cfg, cost) for module in (actor, reference))
+            values = common.each_response_token(actor.values, actor.critic.model, rollout, cfg,
+                                                cost)
             examples, reward_metrics = prepare(rollout, old_log_probs, base_log_probs, values, z,
                                                cfg)
             clock.append(time.perf_counter())
@@ -295,7 +282,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
 
             seconds, tokens = np.diff(clock), sum(int(e.mask.sum()) for e in examples)
             run.log(iteration, **reward_metrics, **update_metrics, tokens=tokens,
-                    response_tokens=tokens / len(examples), eos_rate=1 - np.mean(rollout.truncated),
+                    response_tokens=tokens / len(examples), eos_rate=1 - np.mean(truncated),
                     generation_share=seconds[0] / seconds.sum(),
                     rollout_tokens_per_second=tokens / seconds[0],
                     **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds)))

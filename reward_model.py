@@ -3,10 +3,9 @@
     P(chosen > rejected) = sigma(r_c - r_r)
     L = mean over pairs of  -log sigma(r_c - r_r)
 
-(Stiennon et al. 2020, arXiv 2009.01325, equation 1.)  The score is read at a response's last token,
-EOS, or what the chat template writes last.  The folder it leaves is an
-AutoModelForSequenceClassification with num_labels=1.  Left out: margins, centering, rankings of
-more than two (give their pairs).
+(Stiennon et al. 2020, arXiv 2009.01325, equation 1.)  A response is scored at its last token, EOS or
+what the chat template writes last.  The folder it leaves is an AutoModelForSequenceClassification.
+Left out: margins, centering, rankings of more than two (give their pairs).
 
     python reward_model.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 reward_model.py --model MODEL --preferences PAIRS --out runs/mine
@@ -17,7 +16,7 @@ import functools
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -56,15 +55,6 @@ class RewardModel(torch.nn.Module):
         return hidden[rows].float() @ self.model.score.weight.float()[0]                # (N,)
 
 
-class Pairs(NamedTuple):
-    """What one forward takes: the responses of P pairs, chosen, rejected, chosen, ..., each after
-    its prompt, packed."""
-    input_ids: torch.Tensor  # (T,) int64
-    lengths: list[int]       # (2 P,), of prompt and response
-    last: torch.Tensor       # (2 P,) int64, where each one is read
-    share: torch.Tensor      # (P,) of the step's mean; 0 on a rank that has run out of pairs
-
-
 def prepare(preferences: list[Preference], codec: common.Codec, folder: Path) -> common.Tokens:
     """Preferences -> the ids of each response after its prompt: chosen, rejected, chosen, ..."""
     def sequences() -> Iterator[tuple]:
@@ -78,28 +68,29 @@ def prepare(preferences: list[Preference], codec: common.Codec, folder: Path) ->
 def packed(sequences: list[np.ndarray], padding: Optional[int]) -> tuple:
     """Ids (T,), lengths, and where each sequence is read: at its last token that is no padding, as
     transformers' own forward does."""
-    lengths, last, end = [len(ids) for ids in sequences], [], 0
+    lengths, last, start = [len(ids) for ids in sequences], [], 0
     for ids in sequences:
-        end += len(ids)
-        is_text = np.ones(len(ids), bool) if padding is None else ids != padding
-        last.append(end - 1 - int(np.argmax(is_text[::-1])))
+        last.append(start + int(np.flatnonzero(ids != (-1 if padding is None else padding))[-1]))
+        start += len(ids)
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
     return ids.to(common.device()), lengths, torch.tensor(last, device=common.device())
 
 
 def micro_batches(tokens: common.Tokens, pairs: np.ndarray, model: Any,
-                  cfg: Config) -> list[Pairs]:
-    """This rank's micro-batches of a step over pairs; the two responses of one stay together."""
+                  cfg: Config) -> list[tuple]:
+    """This rank's micro-batches of a step over pairs: ids (T,), lengths, where each response is
+    read (2 P,), and each pair's share (P,) of the step's mean.  A pair's responses stay together.
+    """
     padded, padding = common.is_padded(model), model.config.get_text_config().pad_token_id
-    each = np.stack([tokens.lengths[2 * pairs], tokens.lengths[2 * pairs + 1]])         # (2, pairs)
-    held = 2 * each.max(0) if padded else each.sum(0)
+    lengths = np.stack([tokens.lengths[2 * pairs], tokens.lengths[2 * pairs + 1]])      # (2, pairs)
+    held = 2 * lengths.max(0) if padded else lengths.sum(0)
     share = common.world_size() / len(pairs)  # DDP averages gradients over ranks
     micros = []
     for group in common.shard_micro_batches(held.tolist(), cfg.micro_batch_tokens, padded):
         own = pairs[group] if group else pairs[:1]  # a rank without pairs still joins the forward
         responses = [tokens[response][0] for i in own for response in (2 * i, 2 * i + 1)]
         shares = torch.full((len(own),), share if group else 0.0, device=common.device())
-        micros.append(Pairs(*packed(responses, padding), shares))
+        micros.append((*packed(responses, padding), shares))
     return micros
 
 
@@ -122,15 +113,14 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
             loss, accuracy = 0.0, 0.0
             lr = schedule.get_last_lr()[0]
             micros = micro_batches(tokens, indices, model, cfg)
-            for micro in micros:
-                rm.require_backward_grad_sync = micro is micros[-1]  # DDP: reduce once
-                scores = rm(micro.input_ids, micro.lengths, micro.last)                 # (2 P,)
-                chosen, rejected = scores.view(-1, 2).unbind(1)                         # (P,) each
-                part = bradley_terry(chosen, rejected) @ micro.share
+            for i, (ids, lengths, last, share) in enumerate(micros, 1):
+                rm.require_backward_grad_sync = i == len(micros)  # DDP: reduce once
+                chosen, rejected = rm(ids, lengths, last).view(-1, 2).unbind(1)         # (P,) each
+                part = bradley_terry(chosen, rejected) @ share
                 part.backward()
                 loss += part.detach()
-                accuracy += common.wins(chosen - rejected).float() @ micro.share
-                cost.add_forward(model, len(micro.input_ids), passes=3)
+                accuracy += common.wins(chosen - rejected) @ share
+                cost.add_forward(model, len(ids), passes=3)
             grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
             if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
                 optimizer.step()
@@ -154,8 +144,7 @@ model = AutoModelForSequenceClassification.from_pretrained("this folder")
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 ids = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
 ids += [tokenizer.eos_token_id]
-# of chat messages, the reply among them:
-# ids = tokenizer.apply_chat_template(messages, return_dict=False)
+# chat: ids = tokenizer.apply_chat_template(messages, return_dict=False)
 score = model(torch.tensor([ids])).logits[0, 0]
 ```
 """
@@ -230,76 +219,67 @@ def report(pairs: list[Preference], score: Callable) -> dict:
     """Accuracy on held-out pairs, ties half, and as a control that of length alone."""
     prompts, chosen, rejected = zip(*pairs)
     scores = torch.tensor(score(prompts * 2, chosen + rejected, [False] * 2 * len(pairs), Cost()))
-    gaps = scores[:len(pairs)] - scores[len(pairs):]                                    # (P,)
+    right = common.wins(scores[:len(pairs)] - scores[len(pairs):])                      # (P,)
     lengths = torch.tensor([float(len(c) - len(r)) for c, r in zip(chosen, rejected)])
-    right, longer = common.wins(gaps), float(common.wins(lengths).mean())
+    longer = float(common.wins(lengths).mean())
     accuracy, error = float(right.mean()), float(right.std(correction=0)) / math.sqrt(len(pairs))
     print0(f"  {len(pairs):,} held-out pairs: accuracy {accuracy:.3f} ± {error:.3f}; control: "
            f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
     if accuracy - 2 * error <= 0.5:
-        print0("  warning: not clearly better than chance; give it more pairs, more --epochs or a "
-               "higher --lr (a model of 100M weights needs about 1e-4)")
+        print0("  warning: not clearly better than chance; try more pairs, or a higher --lr (a "
+               "model of 100M weights needs about 1e-4)")
     return {"pairs": len(pairs), "accuracy": accuracy, "error": error, "longer": longer}
 
 
 def given(cfg: common.Config, spec: str) -> Stage:
-    """The stage of a --reward_model or --judge: a Python function, or a classifier's folder."""
+    """The stage of a --reward_model or --judge: FILE.py:FUNCTION, or a classifier's folder."""
     from transformers import AutoConfig
-    function = common.FUNCTION.fullmatch(spec)
+    function, own = common.FUNCTION.fullmatch(spec), Path(cfg.out, "rm")
     if function:
-        scorer = common.load_function(spec)
-        return Stage(spec, {"function": f"{Path(function[1]).name}:{function[2]}",
-                            "content": common.content_hash(function[1])}, load=lambda: scorer)
-    own = Path(cfg.out, "rm")
-    if Path(spec).resolve() == own.resolve():  # the run's own
-        settings = common.read_record(own / "run.json").get("settings", {})
-    else:
-        settings = {"reward_model": common.content_hash(spec, common.MODEL_FILES)}
+        scorer, file = common.load_function(spec), function[1]
+        settings = {"function": f"{Path(file).name}:{function[2]}",
+                    "content": common.content_hash(file)}
+        return Stage(spec, settings, load=lambda: scorer)
     with common.load_errors(spec, "a sequence classifier"):
         labels = AutoConfig.from_pretrained(spec, trust_remote_code=False).num_labels
     common.require(labels == 1, f"{spec}: not a reward model: it has {labels} labels, not 1")
+    settings = {"reward_model": common.content_hash(spec, common.MODEL_FILES)}
+    if Path(spec).resolve() == own.resolve():  # the run's own
+        settings = common.read_record(own / "run.json").get("settings", settings)
     return Stage(spec, settings, load=functools.partial(load_scorer, cfg, spec))
 
 
 def for_run(cfg: common.Config, base: Stage, data: Data) -> Optional[Stage]:
     """The reward model: --reward_model, or the run's own, trained on its preferences.
 
-    None where --samples bring the rewards and there are no preferences to train one on.  Other
-    scripts use one that exists, or is half trained, whatever its training flags.
+    None where --samples bring the rewards and there are no preferences.  Scripts other than this
+    one use a reward model that exists, or is half trained, whatever its training flags.
     """
     if cfg.reward_model:
         return given(cfg, cfg.reward_model)
     if not data.preferences:
         print0("no reward model: --samples bring the rewards, and evaluation shows none")
         return None
-    folder = Path(cfg.out, "rm")
-    stage = Stage(str(folder), {})
+    stage = Stage(str(Path(cfg.out, "rm")), {})
     if not isinstance(cfg, Config):
-        before = common.read_record(folder / "run.json") or common.read_record(
-            stage.work / "run.json")
-        cfg = own_config(cfg, before.get("settings", {}))
-    stage.settings = {**common.data_settings(cfg), **cfg.training_flags(), "base": base.fingerprint}
+        own = {"lr", "epochs", "steps", "batch_size"}
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in own}
+        record = common.read_record(common.record_of(stage.path)) or common.read_record(
+            common.record_of(stage.work))
+        before = {k: v for k, v in record.get("settings", {}).items() if k in own}
+        cfg = Config(**(TOY if cfg.toy else {}) | shared | before)
+    flags = cfg.training_flags()
+    print0("reward model: " + ", ".join(f"{name} {value}" for name, value in flags.items()))
+    stage.settings = {**common.data_settings(cfg), **flags, "base": base.fingerprint}
     stage.make = functools.partial(train, cfg, base, data)
     stage.load = functools.partial(load_scorer, cfg, stage.path)
-    flags = ", ".join(f"{name} {value}" for name, value in cfg.training_flags().items())
-    print0(f"reward model: {flags}")
     return stage
 
 
-def own_config(cfg: common.Config, before: dict) -> Config:
-    """The Config of another script's run: its shared flags, and the training flags of `before`."""
-    names = {f.name for f in fields(Config)}
-    own = {"lr", "epochs", "steps", "batch_size"}
-    shared = {name: getattr(cfg, name) for name in names - own}
-    toy = TOY if cfg.toy else {}
-    return Config(**{**toy, **shared, **{name: before[name] for name in own & before.keys()}})
-
-
 def judge(cfg: common.Config) -> Optional[Stage]:
-    """The stage of --judge; in the toy world, of the true reward."""
-    if cfg.toy and not cfg.judge:
-        return given(cfg, f"{common.__file__}:gold_reward")
-    return given(cfg, cfg.judge) if cfg.judge else None
+    """The stage of --judge; in the toy world that of the true reward."""
+    spec = cfg.judge or (f"{common.__file__}:gold_reward" if cfg.toy else None)
+    return given(cfg, spec) if spec else None
 
 
 def main(cfg: Config) -> None:
