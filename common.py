@@ -10,6 +10,7 @@ of the sampler's cache.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import gc
 import gzip
@@ -25,7 +26,6 @@ import re
 import shutil
 import sys
 import time
-import unicodedata
 import warnings
 import zlib
 from collections import Counter
@@ -88,7 +88,7 @@ def barrier() -> None:
 
 
 def sum_over_ranks(*values: Any) -> list[float]:
-    """The values, each summed over all ranks, in float64."""
+    """Each value summed over all ranks, in float64."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device()) for v in values])
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -104,7 +104,7 @@ def gather(value: Any) -> list:
 
 
 def gather_by_index(local: dict[int, Any], total: int) -> list:
-    """The ranks' values, each stored under its index, in order, on every rank."""
+    """The ranks' values in the order of their indices, on every rank."""
     values = {i: value for share in gather(local) for i, value in share.items()}
     return [values[i] for i in range(total)]
 
@@ -116,50 +116,39 @@ def progress(items: Optional[Iterable], what: str, **options: Any) -> tqdm:
 
 
 def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None:
-    """Runs main(cfg) in a process group, cfg of this kind from the command line.
-
-    Bad input and errors of the operating system end in one sentence and status 2, Ctrl-C in 130.
-    """
-    status = 2
+    """Runs main(cfg) in a process group, cfg of this kind from the command line.  Bad input and
+    errors of the operating system end in one sentence and status 2, Ctrl-C in 130."""
     try:
         cfg = parse(kind, args)
         quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
         if world_size() > 1:
-            gpu = device().type == "cuda"
-            if gpu:
+            if torch.cuda.is_available():
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if gpu else "gloo")
-        require(len(set(gather(fingerprint(asdict(cfg))))) == 1,
-                "the ranks were started with different flags")
-        with lock_run(Path(cfg.out)) if rank() == 0 else contextlib.nullcontext():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        with open(Path(cfg.out, ".lock"), "w") as lock:
+            if rank() == 0:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as problem:
+                    raise BadInput(f"{cfg.out}: another run is at work there") from problem
+                except OSError:
+                    pass  # a file system without locks
             main(cfg)
         if dist.is_initialized():
             gc.collect()  # sharded models are cycles that hold the group
             dist.destroy_process_group()
         return
     except BadInput as problem:
-        message = str(problem)
+        message, status = str(problem), 2
+    except OSError as problem:
+        message, status = f"{problem}; what was there before is untouched", 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command resumes", 130
-    except OSError as problem:
-        message = f"{' '.join(str(problem).split())}; what was there before is untouched"
     script = Path(sys.argv[0]).name + (f", rank {rank()}" if rank() else "")
     print(f"{script}: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def lock_run(folder: Path) -> Any:
-    """An open file that keeps other processes from running in the folder."""
-    import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    with contextlib.suppress(OSError):  # of a file system without locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            raise BadInput(f"{folder}: another run is at work there") from problem
-    return file
 
 
 def quieten_libraries() -> None:
@@ -180,10 +169,8 @@ TOY = {"out": "runs/toy", "max_prompt_tokens": 64, "max_response_tokens": 64, "b
 
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that becomes a command-line flag."""
-    metadata = {"help": help.replace("%", "%%")}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**how, metadata={"help": help.replace("%", "%%")})
 
 
 @dataclass
@@ -193,8 +180,8 @@ class Config:
     model: Optional[str] = flag(None, "base policy: folder or Hub id; omitted: the toy world")
     preferences: Optional[str] = flag(None, "chosen and rejected: file, folder or Hub id")
     samples: Optional[str] = flag(
-        None, "prompt, response, reward: file, folder or Hub id; a missing response is generated "
-        "by the base policy, a missing reward is scored by the reward model")
+        None, "prompt, response, reward: file, folder or Hub id; the base policy generates a "
+        "missing response, the reward model scores a missing reward")
     columns: list[str] = flag([], "the data's column names, ours=theirs: prompt=question; "
                               "prompt=instruction+input joins two by a blank line")
     reward_model: Optional[str] = flag(
@@ -225,27 +212,20 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb"] = flag(
         "none", "tracker that gets the metrics, beside metrics.jsonl")
 
-    evaluation_flags = ()  # those of a script's own flags that its training does not depend on
+    evaluation_flags = ()  # a script's own flags that its training does not depend on
 
     def __post_init__(self) -> None:
-        for name, least in {
-                "max_prompt_tokens": 1, "max_response_tokens": 1, "samples_per_prompt": 0,
-                "eval_prompts": 0, "seed": 0, "epochs": 1, "steps": 1, "batch_size": 1,
-                "micro_batch_tokens": 1, "save_every": 0}.items():
+        least = {"samples_per_prompt": 0, "temperature": 0, "eval_temperature": 0,
+                 "eval_prompts": 0, "seed": 0, "save_every": 0, "max_prompt_tokens": 1,
+                 "max_response_tokens": 1, "epochs": 1, "steps": 1, "batch_size": 1,
+                 "micro_batch_tokens": 1}
+        for name, lowest in least.items():
             value = getattr(self, name)
-            require(value is None or least <= value < 2**32,
-                    f"--{name} must be a number from {least} on, not {value}")
+            require(value is None or value >= lowest, f"--{name} must be at least {lowest}")
         require(0 < self.held_out < 1, f"--held_out must lie in (0, 1), not {self.held_out}")
-        require(0 < self.lr <= 1000, f"--lr must lie in (0, 1000], not {self.lr}")
-        for value in (self.temperature, self.eval_temperature):
-            require(value == 0 or 1e-3 <= value <= 1000,
-                    f"a temperature is 0 (greedy) or lies in [0.001, 1000], not {value}")
-        require(self.model or not (self.preferences or self.samples),
-                "--preferences and --samples need --model, a folder or Hub id")
-        require(self.toy or self.preferences or self.samples,
-                "--model needs data: --preferences or --samples")
-        require(self.eval_prompts or not self.judge,
-                "--judge has nothing to score with --eval_prompts 0")
+        require(self.lr > 0, f"--lr must be above 0, not {self.lr}")
+        require(self.toy == (not self.preferences and not self.samples),
+                "--model goes with --preferences or --samples; without all three: the toy world")
         column_names(self.columns)
 
     @property
@@ -255,9 +235,9 @@ class Config:
 
     def training_flags(self) -> dict:
         """The flags that a trained policy depends on: learning rate, steps and the script's own."""
-        shared = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
-        return {f.name: getattr(self, f.name) for f in fields(self)
-                if f.name not in shared and f.name not in self.evaluation_flags}
+        other = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
+        names = [f.name for f in fields(self) if f.name not in other | {*self.evaluation_flags}]
+        return {name: getattr(self, name) for name in names}
 
 
 def parse(kind: type, args: Optional[list[str]] = None) -> Any:
@@ -269,49 +249,43 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
 
     def refuse(message: str) -> None:
         raise BadInput(message)
-    module = sys.modules[kind.__module__]
-    parser = HfArgumentParser(kind, allow_abbrev=False,
-                              description=(module.__doc__ or "").split("\n\n")[0])
+    script = sys.modules[kind.__module__]
+    about = (script.__doc__ or "").split("\n\n")[0]
+    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
     parser.add_argument("--config", help="YAML file of flags; the command line wins")
     parser.error = refuse
     args = sys.argv[1:] if args is None else args
-    given, length = flag_names(args), {"epochs", "steps"}
-    require(not length <= given, "--epochs and --steps: give one of them")
+    length, given = {"--epochs", "--steps"}, {arg.split("=")[0] for arg in args}
     file = parser.parse_known_args(args)[0].config
     if file:
-        args = yaml_flags(file, given | length if given & length else given) + args
-    names = flag_names(args)
-    if "model" not in names:
-        parser.set_defaults(**TOY | module.TOY)
-    if "epochs" in names and "steps" not in names:
-        parser.set_defaults(steps=None)  # in place of the toy world's default
+        args = yaml_flags(file, length if given & length else set()) + args
+        given = {arg.split("=")[0] for arg in args}
+    require(not length <= given, "--epochs and --steps: give one of them")
+    toy = {} if "--model" in given else TOY | script.TOY
+    if "--epochs" in given:
+        toy.pop("steps", None)
+    parser.set_defaults(**toy)
     cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     require(not unknown, f"unknown flag or value {' '.join(unknown)}; --help lists all flags")
     return cfg
 
 
-def flag_names(args: list[str]) -> set[str]:
-    """The names of the flags in a command line."""
-    return {arg.split("=")[0].removeprefix("--") for arg in args if arg.startswith("--")}
-
-
 def yaml_flags(path: str, replaced: set[str]) -> list[str]:
-    """The flags in a YAML file as a command line, without those that the real one replaces."""
+    """The flags in a YAML file, as a command line, without those that the real one replaces."""
     import yaml
-    try:
-        flags = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as problem:
-        raise BadInput(f"--config {path}: {' '.join(str(problem).split())}") from problem
-    require(isinstance(flags, dict), f"--config {path}: must hold lines of `flag: value`")
     args = []
-    for name, value in flags.items():
-        if name not in replaced and value is not None:
-            args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        for name, value in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
+            if value is not None and f"--{name}" not in replaced:
+                args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    except (OSError, AttributeError, yaml.YAMLError) as problem:
+        raise BadInput(f"--config {path}: must hold lines of `flag: value` ({problem})"
+                       ) from problem
     return args
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
-    """The dtype of matrix products: bf16 where asked for, or where the hardware supports it."""
+    """The dtype of matrix products: --dtype, auto resolved."""
     if device().type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -323,8 +297,8 @@ def compute_dtype(cfg: Config) -> torch.dtype:
 # ----------------------------------------------------------------------------------------- stages
 # A run is a chain of stages: base policy, reward model, labelled samples, policy.  Each leaves a
 # record of the settings that it depends on.  A finished stage is used again, or refused if it was
-# made with other settings; only the policy of the script itself is trained anew.  Everything is
-# written beside its place and renamed: after a kill the same command goes on.
+# made with other settings; only the script's own policy is trained anew.  A stage is made beside
+# its place and renamed: after a kill the same command resumes.
 
 
 @dataclass
@@ -340,19 +314,8 @@ class Cost:
         """Adds 2 FLOPs for each token and weight outside the embedding; training is 3 passes.
         (Kaplan et al. 2020, arXiv 2001.08361, section 2.1.)"""
         if not hasattr(model, "weights_outside_embedding"):
-            weights = sum(p.numel() for p in model.parameters())
-            embedding = model.get_input_embeddings().weight.numel()
-            model.weights_outside_embedding = weights - embedding
+            model.weights_outside_embedding = model.num_parameters(exclude_embeddings=True)
         self.flops += passes * 2 * model.weights_outside_embedding * tokens
-
-
-@contextlib.contextmanager
-def track_cost() -> Iterator[Cost]:
-    """Yields a Cost that the block's work adds to; at the end it holds all ranks' together."""
-    cost, start = Cost(), time.perf_counter()
-    yield cost
-    cost.seconds += time.perf_counter() - start
-    cost.flops, = sum_over_ranks(cost.flops)
 
 
 @dataclass
@@ -360,8 +323,8 @@ class Stage:
     """A step of a run: where its result is, all that it depends on, how to make and to load it.
 
     `path` is a folder, samples.jsonl, or what the user gave (then make is None).  make(work, cost)
-    writes the result beside its place and returns what else its record holds.  `shared` stages
-    serve other scripts as well, and are never replaced.
+    writes the result to `work` and returns what else its record holds.  `shared` stages serve
+    other scripts too, and are never replaced.
     """
     path: str
     settings: dict
@@ -384,136 +347,121 @@ class Stage:
         return Cost(**read_record(record_of(self.path)).get("cost", {})) if self.make else Cost()
 
 
-def record_of(result: Any) -> Path:
-    """Where the record of a result is, finished or not."""
-    path = Path(result)
-    return path.with_suffix(".json") if path.suffix == ".jsonl" else path / "run.json"
+def record_of(place: Any) -> Path:
+    """The record of a stage's path or work, which has a cost once the stage is complete: run.json
+    in a folder, .samples.json beside the file."""
+    place = Path(place)
+    return place.with_name(".samples.json") if place.suffix == ".jsonl" else place / "run.json"
 
 
 def build_stages(cfg: Config, *stages: Optional[Stage]) -> None:
     """Makes the stages that do not exist yet, in order.
 
-    Raises BadInput, before anything is made, over finished or unfinished work of other settings
-    that would have to go.
+    Raises BadInput, before anything is made, over work of other settings that would have to go.
     """
-    to_make = []
-    for stage in stages:
-        if stage and stage.make:
-            put_in_place(stage)  # where a kill came between
-            if not is_finished(stage):
-                to_make.append(stage)
-    for stage in to_make:
+    missing = [stage for stage in stages if stage and stage.make and not is_finished(stage)]
+    for stage in missing:
         build_stage(cfg, stage)
 
 
 def is_finished(stage: Stage) -> bool:
-    """Whether the stage's result exists, made with the same settings; says so.
+    """Whether the stage's result exists, made with its settings.
 
-    Raises BadInput if something that may not be replaced is in its place.
+    Raises BadInput if work that may not be replaced is in the way.
     """
-    path, name = Path(stage.path), Path(stage.path).stem
-    record = read_record(record_of(path))
-    if path.exists() and record.get("settings") == stage.settings:
-        print0(f"{name}: {path}, from before")
-        return True
+    path, work = Path(stage.path), stage.work
     if path.exists():
-        require(record, f"{path}: exists, and no run made it; move it, or give another --out")
+        record = read_record(record_of(path))
+        require("cost" in record,
+                f"{path}: exists, and no run made it; move it, or give another --out")
         changes = differences(record["settings"], stage.settings)
+        if not changes:
+            print0(f"{path.stem}: {path}, from before")
+            return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
-                f"--out, or delete it to make it anew")
-        print0(f"{name}: trained anew, because {changes}")
-    else:
-        print0(f"{name}: to be made")
-    begun = read_record(record_of(stage.work)).get("settings")
-    valuable = checkpoints_in(stage.work) if path.suffix == "" else stage.work.exists()
-    require(not valuable or begun == stage.settings, f"{stage.work}: holds unfinished work of "
-            f"other settings: {differences(begun or {}, stage.settings)}; give its settings to "
-            "finish it, another --out, or delete it")
+                "--out, or delete it to make it anew")
+        print0(f"{path.stem}: trained anew, because {changes}")
+    begun = read_record(record_of(work))
+    changes = differences(begun.get("settings", {}), stage.settings)
+    complete = work.exists() and "cost" in begun
+    require(not changes or not (complete or work.is_file() or checkpoints_in(work)), f"{work}: "
+            f"holds unfinished work of other settings: {changes}; give its settings to finish it, "
+            "another --out, or delete it")
     return False
 
 
 def differences(before: dict, now: dict) -> str:
-    """Each setting that differs, with both values."""
+    """Each setting that differs, with both values; "" if none does."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in names)
 
 
 def build_stage(cfg: Config, stage: Stage) -> None:
-    """Makes a stage, or goes on with what a kill has left of it, and puts it in its place."""
-    record = record_of(stage.work)
-    barrier()
-    if rank() == 0 and read_record(record).get("settings") != stage.settings:
-        shutil.rmtree(stage.work, ignore_errors=True)  # without a checkpoint, so of no value
-        write_beside(record, [json.dumps({"settings": stage.settings})])
-    barrier()
-    torch.manual_seed(cfg.seed)
-    with track_cost() as cost:
-        extra = stage.make(stage.work, cost) or {}
-    gc.collect()  # sharded models are cycles, and the next stage needs the memory
+    """Makes a stage, or resumes what a kill has left of it, and moves it into its place."""
+    path, work = Path(stage.path), stage.work
+    record = read_record(record_of(work)) if work.exists() else {}
+    barrier()  # all ranks have read it
+    if record.get("settings") != stage.settings:
+        record = {"settings": stage.settings}
+        if rank() == 0:
+            shutil.rmtree(work, ignore_errors=True)  # without a checkpoint, so of no value
+            write_beside(record_of(work), [json.dumps(record)])
+        barrier()
+    if "cost" not in record:
+        torch.manual_seed(cfg.seed)
+        cost, start = Cost(), time.perf_counter()
+        extra = stage.make(work, cost) or {}
+        cost.seconds += time.perf_counter() - start
+        cost.flops, = sum_over_ranks(cost.flops)
+        gc.collect()  # sharded models are cycles, and the next stage needs the memory
+        record = {**record, "cost": asdict(cost), **extra}
     if rank() == 0:
-        finished = {"settings": stage.settings, "cost": asdict(cost), **extra}
-        write_beside(record, [json.dumps(finished, indent=1)])
-    barrier()
-    put_in_place(stage)
-
-
-def put_in_place(stage: Stage) -> None:
-    """Moves finished work, whose record has a cost, into its place; called again after a kill, it
-    ends what it began."""
-    path, record = Path(stage.path), record_of(stage.work)
-    if rank() == 0 and "cost" in read_record(record):
-        if path.suffix == ".jsonl":
-            if stage.work.exists():
-                stage.work.replace(path)
-            record.replace(record_of(path))
-        else:
-            for scratch in ("checkpoints", "tokens"):
-                shutil.rmtree(stage.work / scratch, ignore_errors=True)
-            shutil.rmtree(path, ignore_errors=True)
-            stage.work.rename(path)
+        write_beside(record_of(work), [json.dumps(record, indent=1)])
+        for scratch in ("checkpoints", "tokens"):
+            shutil.rmtree(work / scratch, ignore_errors=True)
+        if path.exists():  # the script's policy of other settings
+            path.rename(work / "replaced")
+        work.rename(path)
+        shutil.rmtree(path / "replaced", ignore_errors=True)
     barrier()
 
 
 def policy_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, samples: Stage,
                  **depends_on: Any) -> Stage:
-    """The algorithm's policy, made by train(cfg, base, samples, folder, cost).
-
-    It depends on the flags of data and training, on base policy and samples, and on `depends_on`.
-    """
-    def make(folder: Path, cost: Cost) -> Optional[dict]:
-        return train(cfg, base, samples.load(), folder, cost)
+    """The algorithm's policy, made by train(cfg, base, samples, folder, cost); it depends on the
+    flags of data and training, on base policy and samples, and on `depends_on`."""
     settings = {**data_settings(cfg), **cfg.training_flags(), "base": base.fingerprint,
                 "samples": samples.fingerprint, **depends_on}
-    return Stage(os.path.join(cfg.out, algorithm), settings, make, shared=False)
+    return Stage(os.path.join(cfg.out, algorithm), settings, shared=False,
+                 make=lambda folder, cost: train(cfg, base, samples.load(), folder, cost))
 
 
 def data_settings(cfg: Config) -> dict:
     """The settings that every stage depends on; files stand as hashes of their content."""
     names = ("columns", "held_out", "max_prompt_tokens", "max_response_tokens", "seed")
-    return {"model": cfg.model and content_hash(cfg.model, MODEL_FILES),
-            "preferences": cfg.preferences and content_hash(cfg.preferences),
+    return {"model": content_hash(cfg.model, MODEL_FILES),
+            "preferences": content_hash(cfg.preferences),
             **{name: getattr(cfg, name) for name in names}}
 
 
-MODEL_FILES = ("*.safetensors", "*config*.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
-               "*.jinja", "*tokens*.json")
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*token*.json", "*.jinja",
+               "*.model", "vocab*", "merges.txt")
 
 
-def content_hash(source: str, patterns: tuple[str, ...] = ("**/*",)) -> str:
-    """Of a file's bytes, or of a folder's files that match; a Hub id stands for itself.
-
-    Rank 0 reads them, about a gigabyte a second.
-    """
-    root = Path(source)
-    if not root.exists():
+@functools.cache
+def content_hash(source: Optional[str], patterns: tuple[str, ...] = ("**/*",)) -> Optional[str]:
+    """Twelve hex digits of a file, or of a folder's files that match, which rank 0 reads, about a
+    gigabyte a second; a Hub id stands for itself."""
+    if not source or not Path(source).exists():
         return source
-    matches = {path for pattern in patterns for path in root.glob(pattern)} or {root}
-    files = sorted(p for p in matches if p.is_file() and not p.name.startswith("."))
-    digest = hashlib.sha256()
+    root, digest = Path(source), hashlib.sha256()
+    files = [root] if root.is_file() else sorted(
+        path for pattern in patterns for path in root.glob(pattern)
+        if path.is_file() and not path.name.startswith("."))
     for path in files if rank() == 0 else ():
         digest.update(str(path.relative_to(root)).encode())
         with open(path, "rb") as file:
-            while part := file.read(2**24):
+            for part in iter(lambda: file.read(2**24), b""):
                 digest.update(part)
     return gather(digest.hexdigest()[:12])[0]
 
@@ -526,20 +474,17 @@ def fingerprint(value: Any) -> str:
 def read_record(path: Path) -> dict:
     """A JSON object from a file; {} where there is none."""
     try:
-        record = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def write_beside(path: Path, lines: Iterable[str]) -> None:
-    """Writes lines beside the file, syncs and renames: a kill leaves the old file or the new."""
+    """Writes lines beside the file, and renames: a kill leaves the old file or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
     beside.replace(path)
 
 
@@ -1394,13 +1339,13 @@ def enable_packing(model: Any) -> Any:
     AttentionInterface.register(PACKED, attention)
     implementation = model.config._attn_implementation
     try:
-        pair = some_ids(model, 24).split([9, 15])
+        pair = probe_ids(model, 24).split([9, 15])
         with torch.no_grad():
             alone = [hidden_states(model, ids, [len(ids)]) for ids in pair]
         model.set_attn_implementation(PACKED)
         reason = packing_obstacle(model, pair, alone)
     except Exception as problem:  # whatever the code of some other architecture raises
-        reason = f"{problem}".split("\n")[0] or type(problem).__name__
+        reason = str(problem).split("\n")[0] or type(problem).__name__
     if reason:
         model.set_attn_implementation(implementation)
         print_once(f"  a {type(model).__name__} is padded: {reason}")
@@ -1408,31 +1353,28 @@ def enable_packing(model: Any) -> Any:
 
 
 def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Optional[str]:
-    """Why two sequences, each of which gives `alone` hidden states, are not read so when packed;
-    None if they are, and nothing but attention() mixes tokens, which keeps sequences apart."""
-    windows = layer_windows(model.config.get_text_config())
-    probe, count = OwnTokenStep(), 5
-    states, embedded = traced(model, lambda: hidden_states(model, pair[0][:count], [count], probe))
-    for t in range(count):
-        influence = influences(states[t], embedded)                             # (T,)
-        influence[t] = 0
-        if not (influence == 0).all():
-            return "it mixes tokens where nothing tells it which sequence each belongs to"
+    """Why this pair of sequences, with hidden states `alone` each, would not be read so when
+    packed.  None if it is, and if attention(), which keeps sequences apart, is all that mixes
+    tokens: that then holds for any lengths, windows and weights."""
+    windows, probe = layer_windows(model.config.get_text_config()), OwnTokenStep()
+    influence = token_influence(model, probe)                                           # (T, T)
+    if (influence - influence.diag().diag()).any():
+        return "it mixes tokens where nothing tells it which sequence each belongs to"
     if len(set(probe.layers)) < len(probe.layers):
         return "it calls an attention layer several times in a forward"
     if probe.windows != windows:
         return "its layers and its config disagree about sliding windows"
-    with torch.no_grad():
-        cache, (a, b) = KVCache(2, max(map(len, pair))), pair
-        packed = cache.read_prompts(model, {tuple(a[:-1].tolist()): [0],
-                                            tuple(b[:-1].tolist()): [1]})       # (T - 2, D)
+    a, b = pair
+    cache, prompts = KVCache(2, len(b)), {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]}
+    with torch.no_grad():  # all but their last tokens packed, then a decode step for these
+        packed = cache.read_prompts(model, prompts)                                     # (T - 2, D)
         last = cache.decode(model, torch.stack([a[-1], b[-1]]),
                             torch.tensor([len(a) - 1, len(b) - 1], device=a.device))    # (2, D)
-    first = len(a) - 1
-    ours, theirs = torch.cat([packed[:first], last[:1], packed[first:], last[1:]]), torch.cat(alone)
-    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    first, second = packed.split([len(a) - 1, len(b) - 1])
+    ours, theirs = torch.cat([first, last[:1], second, last[1:]]), torch.cat(alone)
     error = (ours - theirs).float().norm() / theirs.float().norm()
-    return None if error < (1e-4 if exact else 0.05) else "its positions or scales differ there"
+    exact = model.dtype == torch.float32 and model.device.type == "cpu"
+    return None if error < (1e-4 if exact else 0.05) else "it reads packed sequences differently"
 
 
 class OwnTokenStep:
@@ -1452,6 +1394,25 @@ class OwnTokenStep:
         return ((query * key).mean(-1, keepdim=True) * value).transpose(1, 2).contiguous()
 
 
+def token_influence(model: Any, kv_step: Any = None) -> torch.Tensor:
+    """The size of d hidden state t / d input embedding s at [t, s]: (T, T), T = 4."""
+    ids, embedded = probe_ids(model, 4), []
+
+    def cut(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())                               # (1, T, D)
+        return embedded[0].clone()  # some models add to it in place
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            hidden = hidden_states(model, ids, [len(ids)], kv_step).float()             # (T, D)
+    finally:
+        hook.remove()
+    direction = torch.linspace(1, 2, hidden.shape[1], device=hidden.device)  # no norm undoes it
+    gradients = [torch.autograd.grad(state @ direction, embedded[0], retain_graph=True)[0][0]
+                 for state in hidden]
+    return torch.stack(gradients).abs().amax(-1)
+
+
 def layer_windows(config: Any) -> list[Optional[int]]:
     """The sliding window of each layer by the text model's config.  Raises ValueError where a layer
     is neither full nor sliding attention."""
@@ -1467,38 +1428,14 @@ def layer_windows(config: Any) -> list[Optional[int]]:
 
 def check_causal(name: str, model: Any) -> None:
     """Raises BadInput if a token's hidden state depends on a later token."""
-    ids = some_ids(model, 9)
-    states, embedded = traced(model, lambda: hidden_states(model, ids, [len(ids)]))
-    require(not influences(states[:-1], embedded)[-1] > 0,
+    require(not (token_influence(model).triu(1) > 0).any(),
             f"{name}: its attention looks ahead, so it is no causal language model")
 
 
-def some_ids(model: Any, count: int) -> torch.Tensor:
+def probe_ids(model: Any, count: int) -> torch.Tensor:
     """Token ids (count,) from all over the vocabulary."""
     vocabulary = model.get_input_embeddings().num_embeddings
     return torch.arange(count, device=model.device) * 1009 % vocabulary
-
-
-def traced(model: Any, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """run()'s hidden states (T, D), and the input embeddings (1, T, D) that they depend on."""
-    embedded = []
-
-    def cut(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-    hook = model.get_input_embeddings().register_forward_hook(cut)
-    try:
-        with torch.enable_grad():
-            return run(), embedded[0]
-    finally:
-        hook.remove()
-
-
-def influences(states: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
-    """How much the hidden states (..., D) depend on each of the embeddings (1, T, D): (T,)."""
-    direction = torch.linspace(1, 2, states.shape[-1], device=states.device)  # no norm undoes it
-    gradient, = torch.autograd.grad((states.float() * direction).sum(), embedded, retain_graph=True)
-    return gradient[0].abs().amax(-1)
 
 
 # ----------------------------------------------------------------------------------------- models
@@ -1566,7 +1503,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
 def check_linear_head(name: str, model: Any) -> None:
     """Raises BadInput unless logits are hidden states times head, scaled or soft-capped."""
     check_layers(name, model)
-    ids = torch.arange(8, device=model.device) % model.get_input_embeddings().num_embeddings
+    ids = probe_ids(model, 8)
     ours = logits_of(model, hidden_states(model, ids, [8]))
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
     require(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())),
@@ -2271,34 +2208,31 @@ class Samples:
 
 def labelled_samples(cfg: Config, base: Stage, data: Data, rm: Optional[Stage]) -> Stage:
     """The samples to train on: those of --samples, or both responses of each preference and
-    --samples_per_prompt generated ones; what has no reward is scored by the reward model."""
-    settings = {**data_settings(cfg), "samples": cfg.samples and content_hash(cfg.samples),
+    --samples_per_prompt generated ones; the reward model scores what has no reward."""
+    settings = {**data_settings(cfg), "samples": content_hash(cfg.samples),
                 "samples_per_prompt": cfg.samples_per_prompt, "temperature": cfg.temperature,
-                "base": base.fingerprint, "reward_model": rm.fingerprint if rm else None}
+                "base": base.fingerprint, "reward_model": rm and rm.fingerprint}
     path = Path(cfg.out, "samples.jsonl")
-    made = read_record(path.with_suffix(".json")).get("content")
-    require(not (made and path.exists()) or made == content_hash(str(path)), f"{path}: was changed "
+    made = read_record(record_of(path)).get("content")
+    require(not path.exists() or made in (None, content_hash(str(path))), f"{path}: was changed "
             "since a run made it; move it and give it as --samples, with another --out")
-
-    @functools.cache
-    def load() -> Samples:
-        return read_samples(path, cfg, base)
-    return Stage(str(path), settings, functools.partial(label, cfg, base, data, rm), load)
+    return Stage(str(path), settings, functools.partial(label, cfg, base, data, rm),
+                 functools.cache(functools.partial(read_samples, path, cfg, base)))
 
 
 def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
           cost: Cost) -> dict:
-    """Answers and scores rows in their order, appending them to the file `work`; a run that was
-    killed goes on after the last write."""
+    """Answers and scores the samples in order, appending chunks of them to the file `work`; after
+    a kill it resumes with the chunk that was being labelled."""
     codec = Codec(base.path, cfg)
     done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
     if done:
         print0(f"  {done:,} samples already labelled; resuming")
     model, score = None, rm and rm.load()
-    rows = rows_to_label(cfg, codec, data)
+    rows = samples_to_label(cfg, codec, data)
     generated = sum(row.response is None for row in itertools.islice(rows, done))
     bar = progress(None, "samples", initial=done)
-    while chunk := list(itertools.islice(rows, LABELLED_TOGETHER)):
+    for chunk in iter(lambda: list(itertools.islice(rows, LABELLED_TOGETHER)), []):
         unanswered = [i for i, row in enumerate(chunk) if row.response is None]
         if unanswered:
             model = model or load_model(base.path, compute_dtype(cfg))
@@ -2311,7 +2245,8 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
                                              truncated=reply.truncated)
         unscored = [i for i, row in enumerate(chunk) if row.reward is None]
         if unscored and score:
-            prompts, responses, _, _, _, truncated = zip(*(chunk[i] for i in unscored))
+            prompts, responses, truncated = zip(*(
+                (chunk[i].prompt, chunk[i].response, chunk[i].truncated) for i in unscored))
             for i, reward in zip(unscored, score(prompts, responses, truncated, cost)):
                 chunk[i] = chunk[i]._replace(reward=reward)
         if rank() == 0:
@@ -2320,80 +2255,72 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
                     known = {name: v for name, v in row._asdict().items() if v is not None}
                     file.write(json.dumps(known, ensure_ascii=False) + "\n")
         bar.update(len(chunk))
-        barrier()
     bar.close()
+    barrier()
+    require(work.exists(), "no sample to train on: with --samples_per_prompt 0 none is generated")
     return {"content": content_hash(str(work))}
 
 
 def cut_to_whole_chunks(path: Path) -> int:
-    """Cuts the file after the last whole chunk of lines, so that the rest is made as it would have
-    been without a kill; returns how many lines are left."""
+    """Cuts the file after its last whole chunk of lines; returns how many lines are left."""
     if not path.exists():
         return 0
     with open(path, "rb+") as file:
-        ends = [0]
-        for line in file:
-            if line.endswith(b"\n"):
-                ends.append(ends[-1] + len(line))
-        lines = (len(ends) - 1) // LABELLED_TOGETHER * LABELLED_TOGETHER
-        file.truncate(ends[lines])
-    return lines
+        lines = sum(line.endswith(b"\n") for line in file)
+        whole = lines - lines % LABELLED_TOGETHER
+        file.seek(0)
+        for _ in range(whole):
+            file.readline()
+        file.truncate()
+    return whole
 
 
-def rows_to_label(cfg: Config, codec: Codec, data: Data) -> Iterator[Sample]:
-    """The samples, in order, without those of held-out prompts; to be answered where they have no
-    response, to be scored where they have no reward."""
+def samples_to_label(cfg: Config, codec: Codec, data: Data) -> Iterator[Sample]:
+    """The samples in order, without those of held-out prompts; some lack response or reward."""
     def usable(row: dict) -> Sample:
         sample = checked(codec, sample_of(row))
         if prompt_hash(sample.prompt) in data.hidden:
             raise LeftOut("with held-out prompts")
         return sample
     if cfg.samples:
-        rows = (s for _, s in read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable))
+        samples = (s for _, s in read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable))
     else:
-        chosen = (Sample(p.prompt, p.chosen, source="chosen") for p in data.preferences)
-        rejected = (Sample(p.prompt, p.rejected, source="rejected") for p in data.preferences)
-        rows = itertools.chain(chosen, rejected, map(Sample, data.prompts))
-    for row in rows:
-        yield from itertools.repeat(row, cfg.samples_per_prompt if row.response is None else 1)
+        samples = [Sample(p.prompt, p.chosen, source="chosen") for p in data.preferences]
+        samples += [Sample(p.prompt, p.rejected, source="rejected") for p in data.preferences]
+        samples += [Sample(prompt) for prompt in data.prompts]
+    for sample in samples:
+        yield from [sample] * (cfg.samples_per_prompt if sample.response is None else 1)
 
 
 def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
-    """Reads samples.jsonl and tokenises it into the run's folder .tokens.
+    """Reads samples.jsonl, and tokenises it into the run's folder .tokens.
 
     Raises BadInput where there is nothing to learn from.
     """
-    codec, folder = Codec(base.path, cfg), Path(cfg.out, ".tokens")
-    labels, sources = [], Counter()
+    codec, labels, kinds = Codec(base.path, cfg), [], Counter()
 
     def sequences() -> Iterator[tuple]:
         rows = read_rows(str(path), SAMPLE_FIELDS, [], sample_of, quiet=True)
         for _, sample in progress(rows, "reading samples"):
-            reward = math.nan if sample.reward is None else sample.reward
-            weight = math.nan if sample.weight is None else sample.weight
-            labels.append((reward, weight, prompt_hash(sample.prompt)))
             ids, mask = codec.sample(sample)
-            sources[sample.source] += 1
-            sources["too long, cut without an end"] += int(
+            labels.append((sample.reward, sample.weight, prompt_hash(sample.prompt)))
+            kinds[sample.source] += 1
+            kinds["too long, cut without an end"] += int(
                 mask.sum() == cfg.max_response_tokens and ids[-1] not in codec.stop_ids)
-            sources["empty"] += not sample.response.strip()
+            kinds["empty"] += not sample.response.strip()
             yield ids, mask
-    tokens = Tokens(folder, sequences)  # rank 0 reads
-    if rank() == 0:
-        np.save(folder / "labels.npy", np.array(labels, dtype="f8, f8, u8"))
-    barrier()
-    columns = np.load(folder / "labels.npy")
-    rewards, weights, prompts = (columns[name] for name in ("f0", "f1", "f2"))
-    require(len(rewards), f"{path}: no sample in it to train on")
-    require(tokens.mask.any(), f"{path}: its responses are all empty and truncated: there is no "
-            "token to learn")
+    tokens = Tokens(Path(cfg.out, ".tokens"), sequences)  # rank 0 reads
+    labels = gather(labels)[0]
+    require(labels and tokens.mask.any(), f"{path}: holds no token to learn")
+    rewards, weights, prompts = zip(*labels)
+    rewards, weights = np.array(rewards, np.float64), np.array(weights, np.float64)  # None is NaN
     require(np.isfinite(rewards).all() or np.isfinite(weights).all(), f"{path}: "
             f"{np.isnan(rewards).sum():,} of {len(rewards):,} samples have no reward; give "
             "--reward_model, or --preferences to train one")
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sources.items() if count)
-    print0(f"  {len(rewards):,} samples ({kinds}), reward {rewards.mean():.3f} ± "
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    print0(f"  {len(labels):,} samples ({counts}), reward {rewards.mean():.3f} ± "
            f"{rewards.std():.3f}")
-    return Samples(tokens, rewards, weights, prompts)
+    return Samples(tokens, rewards, weights, np.array(prompts, np.uint64))
 
 
 FUNCTION = re.compile(r"(.+\.py):(\w+)")  # a reward model that is a Python function
@@ -2418,13 +2345,13 @@ def load_function(spec: str) -> Callable:
 
     def score(prompts: list, responses: list, truncated: list, cost: Cost) -> list[float]:
         own = range(rank(), len(prompts), world_size())
-        extra = {"truncated": [truncated[i] for i in own]} if takes_truncated else {}
-        scores: list[float] = []
-        if own:
-            try:
-                scores = function([prompts[i] for i in own], [responses[i] for i in own], **extra)
-            except OSError as problem:  # its own, to be shown as Python shows it
-                raise RuntimeError(f"{spec} failed") from problem
+        arguments = [[values[i] for i in own] for values in (prompts, responses, truncated)]
+        scores = []
+        try:
+            if own:
+                scores = function(*arguments[:2 + takes_truncated])
+        except OSError as problem:  # its own, to be shown as Python shows it
+            raise RuntimeError(f"{spec} failed") from problem
         try:
             scores = [float(score) for score in scores]
         except (TypeError, ValueError):
@@ -2463,33 +2390,32 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     origin = [stage and stage.fingerprint for stage in (base, rm, samples, judge)]
     comparable = fingerprint([origin, list(map(prompt_key, prompts)), cfg.eval_temperature,
                               cfg.max_response_tokens])
-    reference = load_model(base.path, compute_dtype(cfg))
+    reference, model = (load_model(s.path, compute_dtype(cfg)) for s in (base, policy))
     ask = functools.partial(answer, cfg, prompts, base, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
-    model = load_model(policy.path, compute_dtype(cfg))
-    replies = [ask(reference, Variant("")), *(ask(model, variant) for variant in variants)]
-    name, total = Path(policy.path).name, sum((s.cost for s in needed if s), policy.cost)
-    ways = [("base", Variant(""), base.cost, Cost())]
-    ways += [(name, variant, policy.cost, total) for variant in variants]
-    rows = [{"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed,
-             "comparable": comparable, "target": variant.target, **means(each, replies[0]),
-             "train_seconds": trained.seconds, "total_seconds": all_cost.seconds,
-             "total_flops": all_cost.flops}
-            for (algorithm, variant, trained, all_cost), each in zip(ways, replies)]
+    name, all_cost = Path(policy.path).name, sum((s.cost for s in needed if s), policy.cost)
+    ways = [("base", reference, Variant(""), base.cost, Cost())]
+    ways += [(name, model, variant, policy.cost, all_cost) for variant in variants]
+    rows, replies = [], []
+    for algorithm, asked, variant, trained, total in ways:
+        replies.append(ask(asked, variant))
+        rows.append({"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed,
+                     "comparable": comparable, "target": variant.target,
+                     **means(replies[-1], replies[0]), "train_seconds": trained.seconds,
+                     "total_seconds": total.seconds, "total_flops": total.flops})
     if rank() == 0:
         board = Path(cfg.out, "leaderboard.jsonl")
         before = [row for _, row in read_jsonl(board)] if board.exists() else []
-        replaced = {row["algorithm"] for row in rows}
-        everything = rows + [row for row in before if row["algorithm"] not in replaced]
-        write_beside(board, map(json.dumps, everything))
+        rows += [row for row in before if row["algorithm"] not in ("base", name)]
+        write_beside(board, map(json.dumps, rows))
         prompt = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
         print0("\n" + prompt.strip()[-600:])
         for row, each in zip(rows, replies):
-            name = f"{row['algorithm']} {row['variant']}".strip()
-            file = Path(cfg.out, "evaluation", re.sub(r"[^\w.+-]+", "_", name) + ".jsonl")
+            title = f"{row['algorithm']} {row['variant']}".strip()
+            file = Path(cfg.out, "evaluation", re.sub(r"[^\w.+-]+", "_", title) + ".jsonl")
             write_beside(file, (json.dumps(reply, ensure_ascii=False) for reply in each))
-            print0(f"  {name}: {each[0]['response'].strip()[:400]}")
-        print_leaderboard(everything, comparable)
+            print0(f"  {title}: {each[0]['response'].strip()[:400]}")
+        print_leaderboard(rows, comparable)
     barrier()
     return replies[1:]
 
@@ -2529,15 +2455,16 @@ def wins(gaps: torch.Tensor) -> torch.Tensor:
 
 def means(replies: list[dict], base: list[dict]) -> dict:
     """The means of replies; win_rate is against the base policy on the same prompts, ties half."""
-    mean = {name: None if replies[0][name] is None else float(np.mean([r[name] for r in replies]))
-            for name in ("gold", "reward", "kl", "tokens", "truncated")}
+    def mean(name: str) -> Optional[float]:
+        values = [reply[name] for reply in replies]
+        return None if None in values else float(np.mean(values))
     win_rate = None
-    if mean["reward"] is not None:
+    if mean("reward") is not None:
         gaps = torch.tensor([r["reward"] - b["reward"] for r, b in zip(replies, base)])
         win_rate = float(wins(gaps).mean())
-    return {"gold": mean["gold"], "reward": mean["reward"], "win_rate": win_rate,
-            "kl_to_base": mean["kl"], "response_tokens": mean["tokens"],
-            "eos_rate": 1 - mean["truncated"]}
+    return {"gold": mean("gold"), "reward": mean("reward"), "win_rate": win_rate,
+            "kl_to_base": mean("kl"), "response_tokens": mean("tokens"),
+            "eos_rate": 1 - mean("truncated")}
 
 
 COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
@@ -2549,14 +2476,14 @@ COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win
 def print_leaderboard(rows: list[dict], comparable: str) -> None:
     """The table of the rows with the same prompts, scorers and samples; "all" is training with all
     that it needs."""
-    shown = [row for row in rows if row["comparable"] == comparable]
-    width = max(len(f"{row['algorithm']} {row['variant']}") for row in shown)
+    shown = {f"{row['algorithm']} {row['variant']}": row for row in rows
+             if row["comparable"] == comparable}
+    width = max(map(len, shown))
     print0("\n" + " " * width + "".join(f"{head:>10}" for head in COLUMNS))
-    for row in sorted(shown, key=lambda row: (row["algorithm"], row["variant"])):
-        cells = ("-" if row[name] is None else format(row[name], form)
-                 for name, form in COLUMNS.values())
-        print0(f"{row['algorithm'] + ' ' + row['variant']:<{width}}"
-               + "".join(f"{cell:>10}" for cell in cells))
+    for title, row in sorted(shown.items()):
+        cells = ["-" if row[name] is None else format(row[name], form)
+                 for name, form in COLUMNS.values()]
+        print0(f"{title:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
     if len(shown) < len(rows):
         print0(f"  {len(rows) - len(shown)} row(s) of other prompts, scorers or samples not shown")
 
@@ -2584,8 +2511,11 @@ class TrainingRun:
     def __enter__(self) -> TrainingRun:
         self.skipped, self.start = 0, time.perf_counter()
         self.first, written = self.restore()
+        self.save_every = self.cfg.save_every
+        if self.save_every is None:
+            self.save_every = max(1, min(500, self.total // 10))
         name = self.folder.name.removeprefix(".")
-        self.report = metrics_tracker(self.cfg, self.folder, name, self.first)
+        self.report = self.tracker(name)
         self.bar = progress(None, name, total=self.total, initial=self.first, unit="step")
         path = self.folder / "metrics.jsonl" if rank() == 0 else os.devnull
         self.file = open(path, "a", buffering=1)
@@ -2597,72 +2527,76 @@ class TrainingRun:
         self.file.close()
         self.bar.close()
 
+    def tracker(self, name: str) -> Callable[[dict], Any]:
+        """A function that reports a line of metrics to --report_to, on rank 0."""
+        if rank() == 0 and self.cfg.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(self.folder), purge_step=self.first)
+            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
+        if rank() == 0 and self.cfg.report_to == "wandb":
+            import wandb
+            run = wandb.init(project="offline-rlhf", name=f"{Path(self.cfg.out).name}/{name}",
+                             config=asdict(self.cfg))
+            return lambda line: run.log(line, step=line["step"])
+        return lambda line: None
+
     def steps(self, examples: Examples) -> Iterator[tuple[int, Batch]]:
         """The optimiser steps that are left, numbered."""
         cfg, model = self.cfg, getattr(self.policy, "module", self.policy).model
-        drawn_for, drawn = None, None
+        draw = examples.draw and functools.lru_cache(maxsize=1)(examples.draw)
         for step, epoch, indices in step_indices(len(examples), cfg.batch_size, cfg.seed,
                                                  self.total, self.first):
-            if examples.draw:
-                if epoch != drawn_for:
-                    drawn_for, drawn = epoch, examples.draw(epoch)
-                indices = drawn[indices]
+            if draw:
+                indices = draw(epoch)[indices]
             batch = Batch([examples.example(i, epoch) for i in indices], cfg, is_padded(model))
             for micro in batch.micros:
                 self.cost.add_forward(model, len(micro.input_ids), passes=3)
             yield step, batch
 
     def log(self, step: int, **values: Any) -> None:
-        """Writes a line of metrics.jsonl, values averaged over ranks, None where one is not finite;
-        takes a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
+        """Writes a line of metrics.jsonl, values averaged over ranks, None where not finite; takes
+        a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
         values = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()}
         *sums, flops = sum_over_ranks(*values.values(), self.cost.flops)
-        line = {"step": step, **{name: total / world_size() if math.isfinite(total) else None
-                                 for name, total in zip(values, sums)}}
+        means = {name: total / world_size() for name, total in zip(values, sums)}
+        known = {name: mean for name, mean in means.items() if math.isfinite(mean)}
         spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops}
-        self.file.write(json.dumps({**line, **spent}) + "\n")
-        known = {name: value for name, value in line.items() if value is not None}
-        self.report(known)
+        line = {"step": step, **dict.fromkeys(means), **known, **spent}
+        self.file.write(json.dumps(line) + "\n")
+        self.report({"step": step, **known})
         self.bar.update()
-        self.bar.set_postfix(dict(list(known.items())[1:5]), refresh=False)
-        self.skipped = self.skipped + 1 if line["grad_norm"] is None else 0
+        self.bar.set_postfix(dict(list(known.items())[:4]), refresh=False)
+        self.skipped = 0 if "grad_norm" in known else self.skipped + 1
         if self.skipped:
             print0(f"warning: step {step}: the gradient is not finite; the step is skipped")
-        require(self.skipped < MOST_SKIPPED, f"{self.folder.parent}: {self.skipped} steps in a "
-                f"row, the last of them step {step}, without a finite gradient; lower --lr; the "
-                "last checkpoint is from before")
-        if self.is_due(step) and not self.skipped:
+        require(self.skipped < MOST_SKIPPED, f"{self.folder}: {self.skipped} steps in a row, the "
+                f"last of them step {step}, without a finite gradient; lower --lr")
+        is_due = self.save_every and (step + 1) % self.save_every == 0 and step + 1 < self.total
+        if is_due and not self.skipped:
             self.checkpoint(step + 1, spent)
 
-    def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step."""
-        every = self.cfg.save_every
-        if every is None:
-            every = max(1, min(500, self.total // 10))
-        return every > 0 and (step + 1) % every == 0 and step + 1 < self.total
+    def state(self) -> dict:
+        """What a checkpoint holds, sharded as it is on the ranks; data order and sampling follow
+        from seed and step."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+        weights, moments = get_state_dict(self.policy, self.optimizer)
+        return {"policy": weights, "optimizer": moments}
 
     def checkpoint(self, step: int, spent: dict) -> None:
-        """Writes checkpoints/step beside and renames; the last two are kept.
-
-        Nothing else is needed to resume: data order and sampling follow from seed and step.
-        """
+        """Writes checkpoints/step beside its place and renames; the last two are kept."""
         import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-        work = self.folder / "checkpoints" / ".new"
+        place = self.folder / "checkpoints" / f"{step:08}"
+        work = place.with_name(".new")
         if rank() == 0:
             shutil.rmtree(work, ignore_errors=True)
         barrier()
-        weights, moments = get_state_dict(self.policy, self.optimizer)
-        try:
-            dcp.save({"policy": weights, "optimizer": moments}, checkpoint_id=work,
-                     no_dist=not dist.is_initialized())
-        except dcp.CheckpointException as problem:  # a BaseException
-            raise next(iter(problem.failures.values()))[0] from None
+        dcp.save(self.state(), checkpoint_id=work, no_dist=not dist.is_initialized())
         if rank() == 0:
             record = {"step": step, "schedule": self.schedule.state_dict(), "cost": spent,
-                      "metrics_bytes": self.file.tell(), "world_size": world_size()}
+                      "metrics_bytes": self.file.tell(), "ranks": world_size()}
             write_beside(work / "state.json", [json.dumps(record)])
-            work.rename(work.with_name(f"{step:08}"))
+            shutil.rmtree(place, ignore_errors=True)  # a damaged one
+            work.rename(place)
             for old in checkpoints_in(self.folder)[2:]:
                 shutil.rmtree(old)
         barrier()
@@ -2670,58 +2604,34 @@ class TrainingRun:
     def restore(self) -> tuple[int, int]:
         """Loads the last checkpoint that is whole: its step and the bytes of metrics.jsonl then, or
         0s.  Raises BadInput where there are checkpoints, and none is whole."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
         checkpoints = gather(checkpoints_in(self.folder))[0]  # as rank 0 sees them
         for folder in checkpoints:
-            record = read_record(folder / "state.json")
-            if record and self.load(folder):
+            state, record = self.state(), read_record(folder / "state.json")
+            try:
+                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            except dcp.CheckpointException:
+                record = {}
+            if record:
                 break
             print0(f"  {folder}: damaged; the checkpoint before it is taken, if there is one")
         else:
             require(not checkpoints, f"{self.folder}: holds no checkpoint that is whole; delete it "
                     "to train from the start")
             return 0, 0
+        set_state_dict(self.policy, self.optimizer, model_state_dict=state["policy"],
+                       optim_state_dict=state["optimizer"])
         self.schedule.load_state_dict(record["schedule"])
         self.cost.seconds = record["cost"]["seconds"]
         self.cost.flops = record["cost"]["flops"] / world_size()  # summed over ranks in the end
-        ranks = record["world_size"]
-        print0(f"  resuming from step {record['step']}" + ("" if ranks == world_size() else
-               f" (saved on {ranks} ranks: with {world_size()} the last bits may differ)"))
+        print0(f"  resuming from step {record['step']} (saved on {record['ranks']} rank(s))")
         return record["step"], record["metrics_bytes"]
-
-    def load(self, folder: Path) -> bool:
-        """Loads policy and optimiser from a checkpoint; False where it is damaged."""
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-        weights, moments = get_state_dict(self.policy, self.optimizer)
-        try:
-            dcp.load({"policy": weights, "optimizer": moments}, checkpoint_id=folder,
-                     no_dist=not dist.is_initialized())
-        except dcp.CheckpointException:
-            return False
-        set_state_dict(self.policy, self.optimizer, model_state_dict=weights,
-                       optim_state_dict=moments)
-        return True
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """A stage's checkpoints, the last first."""
     return sorted((folder / "checkpoints").glob("[0-9]*"), reverse=True)
-
-
-def metrics_tracker(cfg: Config, folder: Path, name: str, first: int) -> Callable[[dict], None]:
-    """A function that reports a line of metrics to --report_to, on rank 0."""
-    if cfg.report_to == "none" or rank() > 0:
-        return lambda line: None
-    try:
-        if cfg.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(str(folder), purge_step=first)
-            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
-        import wandb
-    except ImportError as problem:
-        raise BadInput(f"--report_to {cfg.report_to}: pip install {cfg.report_to}") from problem
-    wandb.init(project="offline-rlhf", name=f"{Path(cfg.out).name}/{name}", config=asdict(cfg))
-    return lambda line: wandb.log(line, step=int(line["step"]))
 
 
 # -------------------------------------------------------------------------------------- toy world

@@ -85,7 +85,7 @@ def reward_tag(z: float, cfg: Config) -> str:
     if cfg.reward_format == "word":  # edges: the fifths of a normal distribution
         return WORDS[int(np.searchsorted((-0.84, -0.25, 0.25, 0.84), z))]
     if cfg.reward_format == "decimal":
-        return f" <rm_score>: {z:.2f} "
+        return f" <rm_score>: {round(z, 2) + 0.0:.2f} "  # no -0.00
     return f" {min(max(round(2 * z) + 4, 0), 9)}"
 
 
@@ -192,11 +192,12 @@ def report_slope(variants: list[Variant], replies: list[list[dict]]) -> None:
 
 def main(cfg: Config) -> None:
     """The five stages; finished ones are used again."""
+    judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     codec = common.Codec(base.path, cfg)
     codec.check_fits(reward_tag(-99.99, cfg))
     data = common.read_data(cfg, base)
-    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
+    rm = reward_model.for_run(cfg, base, data)
     samples = common.labelled_samples(cfg, base, data, rm)
     policy = common.policy_stage(cfg, "dt", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)

@@ -8,10 +8,10 @@
 
 The online baseline: it samples, scores and learns in turn.  (Schulman et al. 2017, arXiv
 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward: Ziegler et al. 2019,
-arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in standard
-deviations of the labelled samples, of which PPO takes nothing else; a response that is cut off
-scores --missing_eos_score at most.  Left out: a beta that adapts to a target KL, an entropy bonus, a
-clip of its own for the value, reward whitening, dropout, mixing in SFT gradients.
+arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in
+standard deviations of the labelled samples, of which PPO takes nothing else; a response that is cut
+off scores --missing_eos_score at most.  Left out: a beta that adapts to a target KL, an entropy
+bonus, a clip of its own for the value, reward whitening, dropout, mixing in SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS --out runs/mine
@@ -88,7 +88,7 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
     # d loss / d log p[target] is -A rho where the clip does not bite, else 0; d log p[target] / d x
     # is one_hot - p; over the temperature, by the chain rule
     slope = torch.where(plain < clipped, 0.0, plain)  # NaN stays
-    gradient = slope[:, None] * (is_target.to(x.dtype) - p)                         # (N, V)
+    gradient = is_target.to(x.dtype) * slope[:, None] - p * slope[:, None]          # (N, V)
     logits.copy_(gradient / temperature)
     statistics += torch.stack([(log_ratio.square() / 2).sum(),
                                (plain < clipped).to(x.dtype).sum(), entropy.sum()])
@@ -180,8 +180,7 @@ def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCri
         load = functools.partial(reward_model.new_classifier, base.path, codec)
         mean, std = 0.0, 1.0
     model = common.load_for_training(functools.partial(common.load_model, base.path), cfg)
-    critic = common.load_for_training(load, cfg)
-    critic = reward_model.RewardModel(critic, common.compute_dtype(cfg))
+    critic = reward_model.RewardModel(common.load_for_training(load, cfg), cfg)
     return ActorCritic(model, critic, mean, std, cfg)
 
 
@@ -291,9 +290,10 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
 
 def main(cfg: Config) -> None:
     """The five stages; finished ones are used again."""
+    judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     data = common.read_data(cfg, base)
-    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
+    rm = reward_model.for_run(cfg, base, data)
     common.require(rm, "PPO scores what it samples: give --reward_model, or --preferences")
     samples = common.labelled_samples(cfg, base, data, rm)
     train_here = functools.partial(train, rm=rm, prompts=data.prompts)

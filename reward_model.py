@@ -3,9 +3,9 @@
     P(chosen > rejected) = sigma(r_c - r_r)
     L = mean over pairs of  -log sigma(r_c - r_r)
 
-(Stiennon et al. 2020, arXiv 2009.01325, equation 1.)  A response is scored at its last token, EOS or
-what the chat template writes last.  The folder it leaves is an AutoModelForSequenceClassification.
-Left out: margins, centering, rankings of more than two (give their pairs).
+(Stiennon et al. 2020, arXiv 2009.01325, equation 1.)  A response is scored at its last token, EOS
+or what the chat template writes last.  The folder is an AutoModelForSequenceClassification.  Left
+out: margins, centering, rankings of more than two (give their pairs).
 
     python reward_model.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 reward_model.py --model MODEL --preferences PAIRS --out runs/mine
@@ -42,15 +42,15 @@ def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 class RewardModel(torch.nn.Module):
     """A sequence classifier read at chosen positions, its head in float32 whatever the body's."""
 
-    def __init__(self, model: Any, dtype: torch.dtype):
+    def __init__(self, model: Any, cfg: common.Config):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype = model, common.compute_dtype(cfg)
 
     def forward(self, input_ids: torch.Tensor, lengths: list[int],
                 rows: torch.Tensor) -> torch.Tensor:
         """Ids (T,) of packed sequences; rows (N,) to read at -> float32 scores (N,)."""
-        with torch.autocast(common.device().type, self.dtype,
-                            enabled=self.dtype != torch.float32):
+        mixed = self.dtype != torch.float32
+        with torch.autocast(common.device().type, self.dtype, enabled=mixed):
             hidden = common.hidden_states(self.model, input_ids, lengths)               # (T, D)
         return hidden[rows].float() @ self.model.score.weight.float()[0]                # (N,)
 
@@ -65,32 +65,33 @@ def prepare(preferences: list[Preference], codec: common.Codec, folder: Path) ->
     return common.Tokens(folder / "tokens", sequences)
 
 
-def packed(sequences: list[np.ndarray], padding: Optional[int]) -> tuple:
-    """Ids (T,), lengths, and where each sequence is read: at its last token that is no padding, as
-    transformers' own forward does."""
+def read_scores(rm: torch.nn.Module, sequences: list[np.ndarray], cost: Cost,
+                passes: int = 1) -> torch.Tensor:
+    """The scores (n,) of n sequences of ids, each at its last token that is no padding, as in
+    transformers' own forward."""
+    model = getattr(rm, "module", rm).model
+    padding = model.config.get_text_config().pad_token_id
     lengths, last, start = [len(ids) for ids in sequences], [], 0
     for ids in sequences:
         last.append(start + int(np.flatnonzero(ids != (-1 if padding is None else padding))[-1]))
         start += len(ids)
-    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))
-    return ids.to(common.device()), lengths, torch.tensor(last, device=common.device())
+    cost.add_forward(model, start, passes)
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(common.device())  # (T,)
+    return rm(ids, lengths, torch.tensor(last, device=common.device()))
 
 
-def micro_batches(tokens: common.Tokens, pairs: np.ndarray, model: Any,
-                  cfg: Config) -> list[tuple]:
-    """This rank's micro-batches of a step over pairs: ids (T,), lengths, where each response is
-    read (2 P,), and each pair's share (P,) of the step's mean.  A pair's responses stay together.
-    """
-    padded, padding = common.is_padded(model), model.config.get_text_config().pad_token_id
+def micro_batches(tokens: common.Tokens, pairs: np.ndarray, padded: bool,
+                  cfg: Config) -> list[tuple[list[np.ndarray], torch.Tensor]]:
+    """This rank's micro-batches of a step: the ids of P pairs, chosen, rejected, chosen, ..., and
+    each pair's share (P,) of the step's mean."""
     lengths = np.stack([tokens.lengths[2 * pairs], tokens.lengths[2 * pairs + 1]])      # (2, pairs)
     held = 2 * lengths.max(0) if padded else lengths.sum(0)
-    share = common.world_size() / len(pairs)  # DDP averages gradients over ranks
-    micros = []
+    share, micros = common.world_size() / len(pairs), []  # DDP averages gradients over ranks
     for group in common.shard_micro_batches(held.tolist(), cfg.micro_batch_tokens, padded):
         own = pairs[group] if group else pairs[:1]  # a rank without pairs still joins the forward
-        responses = [tokens[response][0] for i in own for response in (2 * i, 2 * i + 1)]
+        sequences = [tokens[response][0] for i in own for response in (2 * i, 2 * i + 1)]
         shares = torch.full((len(own),), share if group else 0.0, device=common.device())
-        micros.append((*packed(responses, padding), shares))
+        micros.append((sequences, shares))
     return micros
 
 
@@ -101,7 +102,7 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
                    "larger --held_out")
     codec = padding_codec(base.path, cfg)
     model = common.load_for_training(functools.partial(new_classifier, base.path, codec), cfg)
-    rm = common.wrap_for_ranks(RewardModel(model, common.compute_dtype(cfg)), cfg)
+    rm = common.wrap_for_ranks(RewardModel(model, cfg), cfg)
     tokens = prepare(data.preferences, codec, folder)
     steps = common.count_steps(len(data.preferences), cfg)
     optimizer, schedule = common.make_optimizer(rm, cfg.lr, steps)
@@ -112,15 +113,15 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
                                                     cfg.seed, steps, run.first):
             loss, accuracy = 0.0, 0.0
             lr = schedule.get_last_lr()[0]
-            micros = micro_batches(tokens, indices, model, cfg)
-            for i, (ids, lengths, last, share) in enumerate(micros, 1):
+            micros = micro_batches(tokens, indices, common.is_padded(model), cfg)
+            for i, (sequences, share) in enumerate(micros, 1):
                 rm.require_backward_grad_sync = i == len(micros)  # DDP: reduce once
-                chosen, rejected = rm(ids, lengths, last).view(-1, 2).unbind(1)         # (P,) each
+                scores = read_scores(rm, sequences, cost, passes=3)                     # (2 P,)
+                chosen, rejected = scores.view(-1, 2).unbind(1)                         # (P,) each
                 part = bradley_terry(chosen, rejected) @ share
                 part.backward()
                 loss += part.detach()
                 accuracy += common.wins(chosen - rejected) @ share
-                cost.add_forward(model, len(ids), passes=3)
             grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
             if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
                 optimizer.step()
@@ -188,31 +189,26 @@ def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more
 def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts: list,
           responses: list[str], truncated: list[bool], cost: Cost) -> list[float]:
     """Raw scores, in the responses' order on every rank; none depends on its batch."""
-    sequences = list(map(codec.scored, prompts, responses, truncated))
-    model = getattr(rm, "module", rm).model
-    padding, scores = model.config.get_text_config().pad_token_id, {}
+    sequences, scores = list(map(codec.scored, prompts, responses, truncated)), {}
+    padded = common.is_padded(getattr(rm, "module", rm).model)
     budget = common.FORWARD_ONLY * cfg.micro_batch_tokens
-    groups = common.shard_micro_batches([len(ids) for ids in sequences], budget,
-                                        common.is_padded(model))
+    groups = common.shard_micro_batches([len(ids) for ids in sequences], budget, padded)
     for group in common.progress(groups, "scoring"):
         own = [sequences[i] for i in group] if group else sequences[:1]  # to keep in step
-        ids, lengths, last = packed(own, padding)
-        cost.add_forward(model, len(ids))
-        scores.update(zip(group, rm(ids, lengths, last).tolist()))
+        scores.update(zip(group, read_scores(rm, own, cost).tolist()))
     return common.gather_by_index(scores, len(sequences))
 
 
 def load_scorer(cfg: common.Config, folder: str) -> Callable:
-    """Loads a reward model, sharded where training is: score(prompts, responses, truncated, cost).
-    """
-    dtype, codec = common.compute_dtype(cfg), common.Codec(folder, cfg)
+    """A reward model's score(prompts, responses, truncated, cost), sharded where training is."""
     if common.is_sharded(cfg):
         load = functools.partial(load_classifier, folder, torch.float32)
         model = common.load_for_training(load, cfg).requires_grad_(False)
-        rm = common.wrap_for_ranks(RewardModel(model, dtype), cfg)
+        rm = common.wrap_for_ranks(RewardModel(model, cfg), cfg)
     else:
-        rm = RewardModel(load_classifier(folder, dtype, common.device()), dtype)
-    return functools.partial(score, rm, codec, cfg)
+        model = load_classifier(folder, common.compute_dtype(cfg), common.device())
+        rm = RewardModel(model, cfg)
+    return functools.partial(score, rm, common.Codec(folder, cfg), cfg)
 
 
 def report(pairs: list[Preference], score: Callable) -> dict:

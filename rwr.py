@@ -113,9 +113,10 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
 def main(cfg: Config) -> None:
     """The five stages; finished ones are used again."""
+    judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     data = common.read_data(cfg, base)
-    rm, judge = reward_model.for_run(cfg, base, data), reward_model.judge(cfg)
+    rm = reward_model.for_run(cfg, base, data)
     samples = common.labelled_samples(cfg, base, data, rm)
     policy = common.policy_stage(cfg, "rwr", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)

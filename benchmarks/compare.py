@@ -7,7 +7,7 @@ what it costs.
 
 Runs the scripts with their toy defaults, one folder per seed (finished stages are used again), and
 writes table.md into --out.  The other benchmarks take from here what all of them need: start,
-machine, interval, shown, markdown, pyplot, toy, tiny_base.
+machine, interval, shown, markdown, toy, tiny_base.
 """
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ import ppo_baseline
 import rwr
 from common import flag
 
-TARGETS = ["q5", "q25", "q50", "q75", "q95", "q99"]
 SCRIPTS = {"sft": (mle_filter, {"keep": 1.0}), "mle_filter": (mle_filter, {}), "rwr": (rwr, {}),
-           "dt": (dt, {"target": TARGETS}), "ppo": (ppo_baseline, {})}
+           "dt": (dt, {"target": ["q5", "q25", "q50", "q75", "q95", "q99"]}),
+           "ppo": (ppo_baseline, {})}
 MINI = {"steps": 2, "eval_prompts": 8}
-MINI_PPO = {"rollout_batch_size": 16, "batch_size": 8}
-UNITS = {"flops": "FLOPs", "seconds": "seconds", "generated_tokens": "generated tokens"}
+MINI_PPO = {**MINI, "rollout_batch_size": 16, "batch_size": 8}
+UNITS = {"total_flops": "FLOPs", "total_seconds": "seconds"}
 
 
 @dataclass
@@ -51,11 +51,6 @@ class Config:
     methods: list[str] = flag(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
     out: str = flag("runs/compare", "folder of the runs and of table.md")
     mini: bool = flag(False, "two steps of each method: a test of this script")
-
-    def __post_init__(self) -> None:
-        common.require(len(set(self.seeds)) == len(self.seeds), "--seeds: give each seed once")
-        common.require(set(self.methods) <= set(SCRIPTS),
-                       f"--methods: choose from {', '.join(SCRIPTS)}")
 
 
 # ---------------------------------------------------------------------- what all benchmarks need
@@ -121,34 +116,24 @@ def markdown(rows: list[dict[Any, Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot, drawing into files; None, and a line, where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("the pictures need matplotlib: pip install matplotlib")
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
 def toy(script: Any, **flags: Any) -> Any:
     """A script's Config with the toy world's defaults."""
     return script.Config(**{**common.TOY, **script.TOY, **flags})
 
 
-def tiny_base(folder: str, texts: list[str]) -> common.Stage:
-    """A two-layer Llama of random weights and a tokenizer of these texts, in a folder."""
+def tiny_base(folder: str, texts: list[str], **shape: Any) -> common.Stage:
+    """A Llama of random weights, of a tiny shape unless given another, and a tokenizer of these
+    texts, saved in a folder."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, 300, show_progress=False)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=256,
-        eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder)
-    return common.Stage(folder, {"model": "tiny"})
+    with torch.device(common.device()):
+        LlamaForCausalLM(LlamaConfig(**{
+            "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 8192,
+            "eos_token_id": tokenizer.eos_token_id, **shape})).save_pretrained(folder)
+    return common.Stage(folder, {"model": "random"})
 
 
 # ------------------------------------------------------------------------------------ comparison
@@ -164,7 +149,7 @@ def run(cfg: Config) -> dict[str, list[dict]]:
             print(f"seed {seed}, {method}", flush=True)
             script, flags = SCRIPTS[method]
             if cfg.mini:
-                flags = {**flags, **MINI, **(MINI_PPO if method == "ppo" else {})}
+                flags = {**flags, **(MINI_PPO if method == "ppo" else MINI)}
             with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
                 script.main(toy(script, seed=seed, out=str(folder), **flags))
         for _, row in common.read_jsonl(folder / "leaderboard.jsonl"):
@@ -176,12 +161,6 @@ def run(cfg: Config) -> dict[str, list[dict]]:
 def column(group: list[dict], name: str) -> np.ndarray:
     """One number of each seed's row."""
     return np.array([row[name] for row in group], dtype=np.float64)
-
-
-def cost(group: list[dict], unit: str) -> float:
-    """What a method cost, training and all that it needs, mean over seeds."""
-    return float(np.mean([sum(spent[unit] for stage, spent in row["costs"].items()
-                              if stage != "evaluation") for row in group]))
 
 
 def named(rows: dict[str, list[dict]], start: str) -> Optional[str]:
@@ -200,10 +179,10 @@ def table(rows: dict[str, list[dict]]) -> str:
         if ppo:
             line["gold − PPO's"] = shown(gold - column(rows[ppo], "gold"), "+")
         for unit, label in UNITS.items() if name != "base" else ():
-            spent = cost(rows[name], unit)
-            line[label] = f"{spent:.1e}" if unit == "flops" else f"{spent:,.0f}"
+            spent = column(rows[name], unit).mean()
+            line[label] = f"{spent:.1e}" if unit == "total_flops" else f"{spent:,.0f}"
             if ppo:
-                line[label] += f" ({spent / cost(rows[ppo], unit):.2f})"
+                line[label] += f" ({spent / column(rows[ppo], unit).mean():.2f})"
         lines.append(line)
     return markdown(lines)
 
@@ -218,6 +197,7 @@ def order(rows: dict[str, list[dict]]) -> list[str]:
 
 def main(cfg: Config) -> None:
     """Runs the methods, prints and writes the table."""
+    common.require(set(cfg.methods) <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
     rows = run(cfg)
     about = ", ".join(f"{name} {value}" for name, value in machine().items())
     lines = [f"{about}; seeds {', '.join(map(str, cfg.seeds))}: mean ± half of the 95 % interval; "

@@ -37,13 +37,13 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 from unittest import mock
 
 import numpy as np
 import torch
 
-from compare import interval, machine, markdown, pyplot, shown, start, toy
+from compare import interval, machine, markdown, shown, start, toy
 
 import common
 import dt
@@ -51,8 +51,6 @@ import mle_filter
 import reward_model
 import rwr
 from common import Cost, flag
-
-TUNING_SEEDS = [100, 101]
 
 
 @dataclass
@@ -66,13 +64,11 @@ class Config:
     out: str = flag("runs/crossover", "folder of worlds, results.jsonl, tuned.json and table.md")
     assets: str = flag("assets", "folder of the picture")
 
-    def __post_init__(self) -> None:
-        self.seeds = self.seeds or (TUNING_SEEDS if self.tune else [0] if self.mini
-                                    else list(range(10)))
-
 
 class Sizes(NamedTuple):
     """How large the cells are."""
+    seeds: tuple = tuple(range(10))
+    tuning_seeds: tuple = (100, 101)
     steps: tuple = (20, 60, 120, 200, 600, 2000)
     few_steps: tuple = (120, 600)     # under other conditions than the main ones
     tuned_steps: tuple = (60, 200, 600)
@@ -83,8 +79,8 @@ class Sizes(NamedTuple):
     prompts: int = 256                # replies to each target
 
 
-MINI = Sizes(steps=(2,), few_steps=(2,), tuned_steps=(2,), samples=300, few_samples=200,
-             noise=(2.5,), lrs=(3e-3,), prompts=4)
+MINI = Sizes(seeds=(0,), tuning_seeds=(0,), steps=(2,), few_steps=(2,), tuned_steps=(2,),
+             samples=300, few_samples=200, noise=(2.5,), lrs=(3e-3,), prompts=4)
 EMPHASES = (0.0, 1.0, 2.0, 4.0)
 QUANTILES = ("q5", "q50", "q95", "q99")                             # the slope is fitted to these
 LEVELS = ("-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2")  # nine targets, a digit each
@@ -130,16 +126,16 @@ def plan(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
 def plan_tuning(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
     """The cells of --tune; once P is chosen, those of controls and rivals with it, too."""
     places = [(steps, size.samples, 0.0) for steps in size.tuned_steps]
-    places += [(size.tuned_steps[-1], size.few_samples, 0.0),
-               (size.tuned_steps[-1], size.samples, size.noise[-1])]
-    cells = [(place, "DT", e, "") for place in places for e in EMPHASES]
-    cells += [(place, rival, 0.0, "") for place in places for rival in RIVALS]
+    hard = [(size.tuned_steps[-1], size.few_samples, 0.0),
+            (size.tuned_steps[-1], size.samples, size.noise[-1])]
+    ways = [("DT", e, "") for e in EMPHASES] + [(rival, 0.0, "") for rival in RIVALS]
+    cells = [(place, way) for place in places + hard for way in ways]
     if "emphasis" in tuned:
-        ways = [("DT", control) for control in CONTROLS] + [(rival, "") for rival in RIVALS]
-        cells += [(place, method, tuned["emphasis"], variant)
-                  for place in places[:-2] for method, variant in ways]
+        ways = [("DT", tuned["emphasis"], control) for control in CONTROLS]
+        ways += [(rival, tuned["emphasis"], "") for rival in RIVALS]
+        cells += [(place, way) for place in places for way in ways]
     return [Job(method, steps, samples, emphasis, variant, noise, seed, lr)
-            for (steps, samples, noise), method, emphasis, variant in cells
+            for (steps, samples, noise), (method, emphasis, variant) in cells
             for lr in size.lrs for seed in seeds]
 
 
@@ -156,25 +152,24 @@ def learning_rate(job: Job, tuned: dict) -> float:
 
 
 def choose(rows: list[dict], size: Sizes) -> dict:
-    """Each cell with its best learning rate, where all were tried on both seeds; and P."""
-    best = {}  # cell -> rate and its gold
+    """Each cell with its best learning rate, where all were tried on all seeds; and P."""
+    cells, gold = [], {}
     for cell in dict.fromkeys(job_of(row)._replace(seed=0, lr=0.0) for row in rows):
-        where = {**cell._asdict(), "seed": TUNING_SEEDS}
-        gold = {lr: by_seed(rows, best_gold, **{**where, "lr": lr}) for lr in size.lrs}
-        if all(len(each) == len(TUNING_SEEDS) for each in gold.values()):
-            means = {lr: float(np.mean(list(each.values()))) for lr, each in gold.items()}
-            best[cell] = max(means, key=means.get), max(means.values())
-            print(*cell[:6], {lr: round(mean, 2) for lr, mean in means.items()})
-    tuned = {"cells": [cell._replace(lr=lr) for cell, (lr, _) in best.items()]}
-    by_emphasis = {}
-    for emphasis in EMPHASES:
-        cells = [Job("DT", steps, size.samples, emphasis) for steps in size.tuned_steps]
-        if all(cell in best for cell in cells):
-            by_emphasis[emphasis] = float(np.mean([best[cell][1] for cell in cells]))
-    print("gold at q99, mean over step counts, by P:", by_emphasis)
-    if len(by_emphasis) == len(EMPHASES):
-        tuned["emphasis"] = max(EMPHASES[1:], key=by_emphasis.get)
-    return tuned
+        tried = {}
+        for lr in size.lrs:
+            each = by_seed(rows, "gold", **{**cell._asdict(), "lr": lr, "seed": size.tuning_seeds})
+            if len(each) == len(size.tuning_seeds):
+                tried[lr] = float(np.mean(list(each.values())))
+        if len(tried) == len(size.lrs):
+            print(*cell[:6], {lr: round(mean, 2) for lr, mean in tried.items()})
+            cells.append(cell._replace(lr=max(tried, key=tried.get)))
+            gold[cell] = max(tried.values())
+    by_emphasis = {e: [gold.get(Job("DT", steps, size.samples, e)) for steps in size.tuned_steps]
+                   for e in EMPHASES}
+    print("gold at q99 at each step count, by P:", by_emphasis)
+    if None in sum(by_emphasis.values(), []):
+        return {"cells": cells}
+    return {"cells": cells, "emphasis": max(EMPHASES[1:], key=lambda e: sum(by_emphasis[e]))}
 
 
 # ---------------------------------------------------------------------------------------- cells
@@ -211,9 +206,11 @@ class World:
 
     def train(self, job: Job, samples: common.Samples, folder: Path) -> Any:
         """Trains the job's policy into the folder; returns its Config."""
-        script, own = METHODS[job.method]
-        flags = {"lr": job.lr, "steps": job.steps, "seed": job.seed, "save_every": 0}
-        cfg = toy(script, **flags, **own, **CONDITIONS.get(job.variant, {}))
+        script, flags = METHODS[job.method]
+        shared = {"lr": job.lr, "steps": job.steps, "seed": job.seed, "save_every": 0}
+        own_draw = job.method == "DT" and job.variant not in CONTROLS
+        cfg = toy(script, **shared, **flags, **CONDITIONS.get(job.variant, {}),
+                  **({"emphasis": job.emphasis} if own_draw else {}))
         z, prepare = samples.z(samples.rewards), script.prepare
 
         def prepare_with_draw(*args: Any) -> common.Examples:
@@ -225,11 +222,13 @@ class World:
                 examples.draw = lambda epoch: np.random.default_rng((job.seed, epoch, 1)).choice(
                     len(chance), len(chance), p=chance / chance.sum())
             return examples
-        if job.variant == "loss weights":  # RWR's loop with DT's tags
+        if own_draw:
+            script.train(cfg, self.base, samples, folder, Cost())
+        elif job.variant == "loss weights":  # RWR's loop with DT's tags
             examples, weight = dt.prepare(samples, self.codec, cfg), np.abs(z) ** job.emphasis
             examples.weight = weight / weight.mean()
             with mock.patch.object(rwr, "prepare", lambda *_: examples):
-                rwr.train(toy(rwr, **flags), self.base, samples, folder, Cost())
+                rwr.train(toy(rwr, **shared), self.base, samples, folder, Cost())
         else:
             with mock.patch.object(script, "prepare", prepare_with_draw):
                 script.train(cfg, self.base, samples, folder, Cost())
@@ -237,7 +236,7 @@ class World:
 
     def evaluate(self, job: Job, samples: common.Samples, folder: str, cfg: Any,
                  count: int) -> dict:
-        """Mean gold and z of replies to held-out prompts, by what was asked for; DT's slope."""
+        """Mean gold and z of replies to held-out prompts, DT's for each target, and its slope."""
         held_out, model = self.data.held_out_prompts, common.load_model(folder)
         prompts = [held_out[i % len(held_out)] for i in range(count)]
         plain = [self.codec.prompt(prompt) for prompt in prompts]
@@ -250,20 +249,17 @@ class World:
             texts, cut = zip(*((self.codec.decode(r), r.truncated) for r in replies))
             z = samples.z(self.score(prompts, texts, cut, Cost()))
             return float(np.mean(common.gold_reward(prompts, texts, cut))), float(z.mean())
-        got, asked, more = {}, {}, {}
-        for name in (*QUANTILES, *LEVELS) if job.method == "DT" else ():
-            variant = dt.variant_of(name, samples, self.codec, cfg)
-            tag_ids, asked[name] = tuple(variant.tag_ids), variant.target
-            got[name] = ask(tag_ids)
-            if name == "q99" and cfg.condition_dropout:
-                got["guided"] = ask(tag_ids, 0.5)
-        if got:
-            pairs = [(asked[name], got[name][1]) for name in QUANTILES]
-            more = {"asked": asked, "slope": float(np.polyfit(*zip(*pairs), 1)[0])}
-        else:
-            got[""] = ask()
-        return {"gold": {name: gold for name, (gold, _) in got.items()},
-                "z": {name: z for name, (_, z) in got.items()}, **more}
+        if job.method != "DT":
+            return dict(zip(("gold", "z"), ask()))
+        row, asked, got = {}, [], []
+        for name in (*LEVELS, *QUANTILES):
+            variant = dt.ask_for(name, samples, self.codec, cfg)
+            row[f"gold {name}"], row[f"z {name}"] = ask(tuple(variant.tag_ids))
+            asked, got = [*asked, variant.target], [*got, row[f"z {name}"]]
+        if cfg.condition_dropout:
+            row["gold guided"], row["z guided"] = ask(tuple(variant.tag_ids), 0.5)  # q99
+        slope = np.polyfit(asked[-len(QUANTILES):], got[-len(QUANTILES):], 1)[0]
+        return {"gold": row["gold q99"], "slope": float(slope), **row}
 
 
 world = functools.cache(World)
@@ -271,20 +267,15 @@ world = functools.cache(World)
 
 def run(job: Job, cfg: Config, size: Sizes) -> dict:
     """A job's row."""
-    with contextlib.ExitStack() as stack:
-        silence = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stdout(silence))
-        stack.enter_context(contextlib.redirect_stderr(silence))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), \
+            contextlib.redirect_stderr(null), tempfile.TemporaryDirectory() as folder:
         home = world(f"{cfg.out}/seed{job.seed}", job.seed)
         begun = time.process_time()
-        samples, right = home.labelled(job.samples, job.noise, folder / "tokens")
+        samples, right = home.labelled(job.samples, job.noise, Path(folder, "tokens"))
         policy, used = home.base.path, toy(common, seed=job.seed)
         if job.method != "base":
-            policy = folder / "policy"
-            policy.mkdir()
-            used = home.train(job, samples, policy)
-        row = home.evaluate(job, samples, str(policy), used, size.prompts)
+            policy, used = folder, home.train(job, samples, Path(folder))
+        row = home.evaluate(job, samples, policy, used, size.prompts)
     return {**job._asdict(), "right": round(right, 4), **row,
             "cpu_seconds": round(time.process_time() - begun, 1)}
 
@@ -298,7 +289,7 @@ def work(jobs: list[Job], cfg: Config, size: Sizes, file: Path) -> None:
         row = {**run(job, cfg, size), **known}
         with open(file, "a") as f:
             f.write(json.dumps(row) + "\n")
-        print(f"{i + 1} of {len(missing)}: {job}: gold {best_gold(row):.2f}", flush=True)
+        print(f"{i + 1} of {len(missing)}: {job}: gold {row['gold']:.2f}", flush=True)
 
 
 def read(file: Path) -> list[dict]:
@@ -314,71 +305,64 @@ def job_of(row: dict) -> Job:
 
 # --------------------------------------------------------------------------------------- report
 
-
-def best_gold(row: dict) -> float:
-    """Gold of a cell: DT's at q99."""
-    return row["gold"]["q99" if row["method"] == "DT" else ""]
-
-
-def gold_at(name: str) -> Callable[[dict], float]:
-    """Gold of a cell of DT's for a target; NaN where it was not asked for."""
-    return lambda row: row["gold"].get(name, math.nan)
+LINES = {"DT: slope": ("DT", "slope"), "DT: gold at q50": ("DT", "gold q50"),
+         "DT: gold at q95": ("DT", "gold q95"), "DT: gold at q99": ("DT", "gold q99"),
+         "DT: the same, guided by 0.5": ("DT", "gold guided"),
+         **{f"{rival}: gold": (rival, "gold") for rival in RIVALS}}
 
 
-LINES = {"DT: slope": ("DT", lambda row: row["slope"]), "DT: gold at q50": ("DT", gold_at("q50")),
-         "DT: gold at q95": ("DT", gold_at("q95")), "DT: gold at q99": ("DT", gold_at("q99")),
-         "DT: the same, guided by 0.5": ("DT", gold_at("guided")),
-         **{f"{rival}: gold": (rival, best_gold) for rival in RIVALS}}
-
-
-def by_seed(rows: list[dict], value: Callable[[dict], float], **where: Any) -> dict[int, float]:
-    """A value of the rows that are so, by seed; a list in `where` stands for any of its items."""
+def by_seed(rows: list[dict], value: str, **where: Any) -> dict[int, float]:
+    """A value of the rows that are so, by seed; a tuple in `where` stands for any of its items."""
     def matches(row: dict) -> bool:
-        return all(row[name] in wanted if isinstance(wanted, list) else row[name] == wanted
-                   for name, wanted in where.items())
-    return {row["seed"]: value(row) for row in rows if matches(row)}
+        return value in row and all(row[name] in (wanted if isinstance(wanted, tuple) else [wanted])
+                                    for name, wanted in where.items())
+    return {row["seed"]: row[value] for row in rows if matches(row)}
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> str:
+    """Mean ± half of the 95 % interval of the differences, seed by seed."""
+    return shown([one[seed] - other[seed] for seed in one if seed in other], "+")
 
 
 def table(rows: list[dict], columns: dict[Any, dict], minus: Optional[dict] = None) -> str:
-    """Markdown: each of LINES under each column's conditions; or its difference from what it is
-    under those and `minus`; without, guided DT's lead over the rivals, too.  Paired by seed."""
-    def paired(one: dict[int, float], other: dict[int, float]) -> str:
-        return shown([one[seed] - other[seed] for seed in one if seed in other], "+")
+    """Markdown: each of LINES under each column's conditions, and guided DT's lead over the rivals;
+    with `minus` the differences from what it is under those and `minus`."""
     lines = []
     for label, (method, value) in LINES.items():
         line, lead = {"": label}, {"": f"guided DT − {method}"}
         for head, where in columns.items():
             values = by_seed(rows, value, method=method, **where)
             line[head] = shown(values.values())
+            lead[head] = paired(by_seed(rows, "gold guided", method="DT", **where), values)
             if minus:
-                line[head] = paired(values, by_seed(rows, value, method=method,
-                                                    **{**where, **minus}))
-            guided = by_seed(rows, gold_at("guided"), method="DT", **where)
-            lead[head] = paired(guided, values)
+                before = by_seed(rows, value, method=method, **{**where, **minus})
+                line[head] = paired(values, before)
         lines += [line, lead] if method in RIVALS and not minus else [line]
     return markdown([line for line in lines if any(list(line.values())[1:])])
 
 
-def draw(plt: Any, rows: list[dict], p: float, file: Path) -> None:
+def draw(rows: list[dict], p: float, file: Path) -> None:
     """Gold and DT's slope against steps, with 95 % intervals."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(2, 1),
-                                         layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     curves = [(left, f"{rival}: gold", 0.0, "s-", f"C{i}") for i, rival in enumerate(RIVALS)]
     for e, style in ((0.0, "o--"), (p, "o-")):
         curves += [(left, "DT: gold at q99", e, style, "C3"),
                    (left, "DT: the same, guided by 0.5", e, style, "C4"),
                    (right, "DT: slope", e, style, "C3")]
-    for axis, label, emphasis, style, color in curves:
+    for axis, label, e, style, color in curves:
         method, value = LINES[label]
         steps = sorted({row["steps"] for row in rows if row["method"] == method})
-        mean, half = np.array([interval(by_seed(rows, value, method=method, emphasis=emphasis,
+        mean, half = np.array([interval(by_seed(rows, value, method=method, emphasis=e,
                                                 steps=n).values()) for n in steps]).T
-        axis.plot(steps, mean, style, color=color, label=f"{label}, P = {emphasis:g}")
+        axis.plot(steps, mean, style, color=color, label=f"{label}, P = {e:g}")
         axis.fill_between(steps, mean - half, mean + half, color=color, alpha=0.15)
-        axis.set_xscale("log")
+        axis.set(xlabel="optimiser steps", xscale="log")
         axis.set_xticks(steps, [f"{n:,}" for n in steps])
-    for axis, label in (left, "gold reward"), (right, "z got on z asked for"):
-        axis.set(xlabel="optimiser steps", ylabel=label)
+    left.set_ylabel("gold reward")
+    right.set_ylabel("z got on z asked for")
+    for axis in (left, right):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
@@ -393,43 +377,42 @@ def report(rows: list[dict], size: Sizes, out: Path, assets: Path) -> None:
     plain = places.pop(("", size.samples, 0.0))
     seeds, commits = (", ".join(sorted({str(row[name]) for row in rows}))
                       for name in ("seed", "commit"))
-    base = by_seed(plain, best_gold, method="base")
+    base = by_seed(plain, "gold", method="base")
     parts = [f"{len(rows)} cells, seeds {seeds}, commits {commits}: mean ± half of the 95 % "
              f"interval over seeds. The base policy has gold {shown(base.values())}."]
-    for emphasis in (0.0, p):
-        columns = {steps: {"steps": steps, "emphasis": emphasis} for steps in size.steps}
-        parts += [f"## P = {emphasis:g}, by steps", table(plain, columns)]
-    parts += [f"## P = {p:g} minus P = 0, by steps", table(plain, columns, {"emphasis": 0.0})]
-    columns = {f"{n} steps, P = {e:g}": {"steps": n, "emphasis": e}
-               for n in size.steps for e in (0.0, p)}
+    for e in (0.0, p):
+        steps = {n: {"steps": n, "emphasis": e} for n in size.steps}
+        parts += [f"## P = {e:g}, by steps", table(plain, steps)]
+    parts += [f"## P = {p:g} minus P = 0, by steps", table(plain, steps, {"emphasis": 0.0})]
+    both = {f"{n} steps, P = {e:g}": {"steps": n, "emphasis": e}
+            for n in size.steps for e in (0.0, p)}
     levels = [{"z asked for": level, **{
-        head: shown(by_seed(plain, lambda row: row["z"][level],  # noqa: B023
-                            method="DT", **where).values())
-        for head, where in columns.items()}} for level in LEVELS]
+        head: shown(by_seed(plain, f"z {level}", **where).values())
+        for head, where in both.items()}} for level in LEVELS]
     parts += ["## z got for each z asked for", markdown(levels)]
+    both = {head: where for head, where in both.items() if where["steps"] in size.few_steps}
     for (variant, samples, noise), here in places.items():
         right = np.mean([row["right"] for row in here])
-        parts += [f"## {variant or 'DT'}, {samples:,} samples, noise {noise:g} ({right:.2f} of "
-                  "pairs right)", table(here, columns)]
+        parts += [f"## {variant or 'DT and rivals'}, {samples:,} samples, noise {noise:g} "
+                  f"({right:.2f} of pairs right)", table(here, both)]
     common.write_beside(out / "table.md", ["\n\n".join(parts)])
     print("\n\n".join(parts))
-    plt = pyplot()
-    if plt:
-        assets.mkdir(parents=True, exist_ok=True)
-        draw(plt, plain, p, assets / "crossover_steps.png")
+    assets.mkdir(parents=True, exist_ok=True)
+    draw(plain, p, assets / "crossover_steps.png")
 
 
 def main(cfg: Config) -> None:
     """Runs what is missing, or chooses learning rates and P, or reports."""
     out, size = Path(cfg.out), MINI if cfg.mini else Sizes()
+    seeds = cfg.seeds or (size.tuning_seeds if cfg.tune else size.seeds)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     tuned, file = common.read_record(out / "tuned.json"), out / "results.jsonl"
     for _ in range(2 if cfg.tune else 0):  # the second time with the P that the first has chosen
-        work(plan_tuning(cfg.seeds, size, tuned), cfg, size, file)
+        work(plan_tuning(seeds, size, tuned), cfg, size, file)
         tuned = choose(read(file), size)
         common.write_beside(out / "tuned.json", [json.dumps(tuned)])
-    jobs = plan(cfg.seeds, size, tuned)
+    jobs = plan(seeds, size, tuned)
     if cfg.report:
         rows = [row for row in read(file) if job_of(row) in set(jobs)]
         common.require(rows, f"{file}: none of these cells yet")

@@ -1,0 +1,330 @@
+"""Does a real model follow a reward tag, after how many steps, and by which samples?
+
+    python benchmarks/real_model.py --model SMOLLM2
+    python benchmarks/real_model.py --model SMOLLM2 --methods dt_word_2 rwr --steps 100 200
+    python benchmarks/real_model.py --mini --out runs/mini  # a test, not a result
+
+SMOLLM2 is SmolLM2-135M-Instruct, as a folder or Hub id.  The prompts, "What do you think of rain?",
+come from a small grammar and are split into training, tuning and test.  The reward of a reply is
+sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip install vaderSentiment).
+
+    replies  the model answers each training prompt 20 times, in 24 tokens: 5,280 samples
+    tune     a grid of learning rates for each method at --tune_steps; the best on the tuning
+             prompts, by slope for DT and by sentiment for the others, is used at all step counts.
+             DT is tuned with emphasis 2, which decides for 0 and 4 too
+    train    each method at each of --steps, evaluated on the test prompts; the base policy; and
+             best of n, its own replies, the best of n of which is kept
+    report   the table, of what there is
+
+Each step count is a run with a learning-rate schedule of its own: a checkpoint on the way would
+come from a schedule that has not ended.  At equal steps all methods read equally many sequences,
+16 a step.  The slope is the reward z that DT gets at the 95 % quantile less that at the 5 %
+quantile, over the difference asked for; 0 steps stand for the model as it is, asked with the tag.
+Intervals are 95 % over test prompts; another seed's training is not in them.
+
+A step takes 17 s on one slow core, so all of it takes days on a CPU: --methods and --steps choose a
+part, and a later call adds to it.  Finished runs are kept, without their weights; one that was
+interrupted is resumed by the same command.
+"""
+from __future__ import annotations
+
+import functools
+import json
+import math
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from compare import machine, markdown, start, tiny_base
+from random_walks import run_script
+
+import common
+import reward_model
+from common import Cost, flag
+
+# ---------------------------------------------------------------------------- prompts and rewards
+
+QUESTIONS = ("What do you think of {}?", "How do you feel about {}?", "Tell me something about {}.",
+             "Describe {} in one sentence.", "Why do people talk about {}?", "Write a line on {}.",
+             "What comes to mind when you hear of {}?", "Is there too much {} in the world?",
+             "What would a day without {} be like?", "What should I know about {}?",
+             "How has {} changed over the years?", "Would you miss {}?")
+TOPICS = ("rain coffee winter cooking football homework music traffic nature gardening television "
+          "work silence money travel sleep chess dancing school snow tea cycling advertising fog "
+          "history politics camping poetry running fashion bread mathematics shopping luck art "
+          "medicine").split()
+
+
+def split_prompts(cfg: Config) -> dict[str, list]:
+    """The grammar's prompts as chats, drawn into "train", "tuning" and "test"."""
+    texts = [question.format(topic) for topic in TOPICS for question in QUESTIONS]
+    random.Random(0).shuffle(texts)
+    prompts = [[{"role": "user", "content": text}] for text in texts]
+    train, tuning, test = (6, 2, 4) if cfg.mini else (264, 48, 120)
+    return {"train": prompts[:train], "tuning": prompts[train:train + tuning],
+            "test": prompts[train + tuning:train + tuning + test]}
+
+
+def sentiment(prompts: list, responses: list[str]) -> list[float]:
+    """VADER's compound score of each response, from -1 to 1, whatever the prompt."""
+    return [analyser().polarity_scores(response)["compound"] for response in responses]
+
+
+@functools.cache
+def analyser() -> Any:
+    """VADER, with its lexicon.  Raises BadInput where it is not installed."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError as problem:
+        raise common.BadInput("the rewards need VADER: pip install vaderSentiment") from problem
+    return SentimentIntensityAnalyzer()
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+METHODS = {"filter": ["mle_filter.py", "--keep", 0.2], "rwr": ["rwr.py"]}
+for tag in ("digit", "word"):
+    for emphasis in (0, 2, 4):
+        METHODS[f"dt_{tag}_{emphasis}"] = [
+            "dt.py", "--reward_format", tag, "--emphasis", emphasis, "--target", "q5", "q95"]
+RATES = (3e-5, 1e-4, 3e-4)
+BATCH_SIZE = 16
+STAGES = ("replies", "tune", "train", "report")
+REWARD = f"{Path(__file__).resolve()}:sentiment"
+
+
+@dataclass
+class Config:
+    """What to run."""
+    model: Optional[str] = flag(None, "folder or Hub id of an instruct model")
+    out: str = flag("runs/real_model", "folder of the runs and of rows.jsonl")
+    stages: list[str] = flag(list(STAGES), f"of {', '.join(STAGES)}")
+    methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
+    steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps, a run each; 0: as it is")
+    tune_steps: int = flag(200, "optimiser steps of the runs that choose the learning rates")
+    replies: int = flag(20, "replies to each training prompt")
+    jobs: int = flag(2, "runs at a time, each on one CPU thread")
+    mini: bool = flag(False, "a tiny model and a handful of prompts: a test of this script")
+
+    def __post_init__(self) -> None:
+        common.require(self.model or self.mini or self.stages == ["report"],
+                       "give --model, the folder of SmolLM2-135M-Instruct")
+        for name, choices in ("stages", STAGES), ("methods", METHODS):
+            common.require(set(getattr(self, name)) <= set(choices),
+                           f"--{name}: choose from {', '.join(choices)}")
+        if self.mini:
+            self.methods, self.steps, self.tune_steps = ["filter", "dt_word_2"], [2], 1
+
+
+class Cell(NamedTuple):
+    """A policy to train and to evaluate."""
+    split: str  # of its held-out prompts, "tuning" or "test"
+    method: str
+    steps: int
+    lr: float
+
+    def folder(self, cfg: Config) -> Path:
+        """The folder of its run."""
+        return Path(cfg.out, self.split, f"{self.method}-{self.steps}-{self.lr:g}")
+
+
+def shared_flags(cfg: Config) -> dict:
+    """The flags of all that is sampled and trained."""
+    return {"model": cfg.model, "reward_model": REWARD, "max_prompt_tokens": 64,
+            "max_response_tokens": 24, "batch_size": BATCH_SIZE}
+
+
+def write_replies(cfg: Config) -> None:
+    """The base policy's replies to the training prompts, with their rewards; and a folder of them
+    with the held-out prompts of each split."""
+    prompts, out = split_prompts(cfg), Path(cfg.out)
+    lines = {split: [json.dumps({"prompt": prompt}) for prompt in each]
+             for split, each in prompts.items()}
+    common.write_beside(out / "prompts.jsonl", lines["train"])
+    own = common.Config(**shared_flags(cfg), samples=str(out / "prompts.jsonl"), eval_prompts=0,
+                        samples_per_prompt=cfg.replies, out=str(out / "replies"),
+                        held_out=1e-9)  # of the training prompts none is held out
+    base = common.base_policy(own)
+    data = common.read_data(own, base)
+    rm = reward_model.for_run(own, base, data)
+    common.build_stages(own, common.labelled_samples(own, base, data, rm))
+    samples = (out / "replies" / "samples.jsonl").read_text().splitlines()
+    for split in ("tuning", "test"):
+        common.write_beside(out / split / "data" / "train.jsonl", samples)
+        common.write_beside(out / split / "data" / "test.jsonl", lines[split])
+
+
+def train(cell: Cell, cfg: Config) -> Cell:
+    """Trains and evaluates a cell's policy by the project's script; returns the cell."""
+    script, *own = METHODS[cell.method]
+    folder, asked = cell.folder(cfg), len(split_prompts(cfg)[cell.split])
+    steps, lr = (cell.steps, cell.lr) if cell.steps else (1, 1e-12)  # no weight moves
+    flags = {**shared_flags(cfg), "samples": folder.parent / "data", "judge": REWARD, "lr": lr,
+             "steps": steps, "eval_prompts": 2 * asked}
+    run_script(folder, script, *own, *(text for name, value in flags.items()
+                                       for text in (f"--{name}", value)))
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()  # half a gigabyte, which nothing reads again
+    return cell
+
+
+def by_prompt(replies: list[dict], name: str) -> np.ndarray:
+    """The mean of a number over the replies to each distinct prompt, (P,)."""
+    keys = [common.prompt_key(reply["prompt"]) for reply in replies]
+    index = np.unique(keys, return_inverse=True)[1]
+    return np.bincount(index, [reply[name] for reply in replies]) / np.bincount(index)
+
+
+def mean_and_half(values: np.ndarray) -> list[float]:
+    """The mean, and half of its 95 % interval, of a value for each prompt (P,)."""
+    return [float(values.mean()), float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))]
+
+
+def summary(replies: list[dict]) -> dict:
+    """Sentiment of replies, and their perplexity under the base policy."""
+    log_prob, tokens = (sum(r[name] for r in replies) for name in ("base_log_prob", "tokens"))
+    return {"sentiment": mean_and_half(by_prompt(replies, "gold")),
+            "perplexity": math.exp(-log_prob / tokens)}
+
+
+def evaluated(cell: Cell, cfg: Config) -> dict:
+    """A row: what a cell's policy says to held-out prompts, as the script has evaluated it."""
+    folder = cell.folder(cfg)
+    replies = {file.stem: [reply for _, reply in common.read_jsonl(file)]
+               for file in (folder / "evaluation").glob("*.jsonl")}
+    del replies["base"]
+    if not cell.method.startswith("dt"):
+        only, = replies.values()
+        return {**cell._asdict(), **summary(only)}
+    target = {entry["variant"]: entry["target"]
+              for _, entry in common.read_jsonl(folder / "leaderboard.jsonl")}
+    low, high = (by_prompt(replies[f"dt_target_{name}"], "reward") for name in ("q5", "q95"))
+    slope = (high - low) / (target["target q95"] - target["target q5"])                 # (P,)
+    return {**cell._asdict(), "slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
+            "guided": summary(replies["dt_target_q95_guidance_0.5"])}
+
+
+def best_of_n(cfg: Config) -> list[dict]:
+    """A row for the base policy and for the best of 4 and 16 of its replies to each test prompt."""
+    prompts, most = split_prompts(cfg)["test"], 16
+    own = common.Config(**shared_flags(cfg), samples=cfg.out)
+    codec = common.Codec(cfg.model, own)
+    model = common.load_model(cfg.model, common.compute_dtype(own))
+    ids = [codec.prompt(prompt) for prompt in prompts for _ in range(most)]
+    replies = common.sample(model, ids, own, 2_000_003, codec.stop_ids, Cost(), 1.0)
+    gold = sentiment([], [codec.decode(reply) for reply in replies])
+    said = [{"prompt": prompts[i // most], "gold": score, "tokens": len(reply.ids),
+             "base_log_prob": sum(reply.log_probs)}
+            for i, (reply, score) in enumerate(zip(replies, gold))]
+    rows = []
+    for name, n in ("base", 1), ("best of 4", 4), ("best of 16", most):
+        first = range(0, len(said), most)
+        kept = [max(said[i:i + n], key=lambda reply: reply["gold"]) for i in first]
+        rows.append({**Cell("test", name, 0, 0.0)._asdict(), **summary(kept)})
+    return rows
+
+
+def finished(cfg: Config) -> list[dict]:
+    """The rows of rows.jsonl."""
+    file = Path(cfg.out, "rows.jsonl")
+    return [row for _, row in common.read_jsonl(file)] if file.exists() else []
+
+
+def append(cfg: Config, rows: list[dict]) -> None:
+    """Adds rows to rows.jsonl, with what they were measured on."""
+    with open(Path(cfg.out, "rows.jsonl"), "a") as file:
+        file.writelines(json.dumps({**row, **machine()}) + "\n" for row in rows)
+
+
+def run(cells: list[Cell], cfg: Config) -> None:
+    """Trains and evaluates those that have no row yet."""
+    done = {tuple(row[name] for name in Cell._fields) for row in finished(cfg)}
+    missing = [cell for cell in cells if cell not in done]
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for cell in pool.map(train, missing, [cfg] * len(missing)):
+            row = evaluated(cell, cfg)
+            append(cfg, [row])
+            print(*cell, *(f"{name} {row[name][0]:.3f}" for name in ("slope", "sentiment")
+                           if name in row), flush=True)
+
+
+def tuned_as(method: str) -> str:
+    """The method whose grid decides for this one: emphasis 2 for 0 and 4."""
+    return method[:-1] + "2" if method.startswith("dt") else method
+
+
+def best_rate(method: str, cfg: Config) -> float:
+    """The learning rate of the grid that did best on the tuning prompts."""
+    tried = [row for row in finished(cfg)
+             if (row["split"], row["method"]) == ("tuning", tuned_as(method))]
+    common.require(tried, f"no learning rate for {method} yet: run --stages tune first")
+    return max(tried, key=lambda row: row.get("slope", row["sentiment"])[0])["lr"]
+
+
+def cells_to_train(cfg: Config) -> list[Cell]:
+    """Each method at each step count, those with few steps first."""
+    cells = []
+    for steps in sorted(cfg.steps):
+        for method in cfg.methods:
+            if steps:
+                cells.append(Cell("test", method, steps, best_rate(method, cfg)))
+            elif method in ("dt_digit_0", "dt_word_0"):  # untrained, emphasis changes nothing
+                cells.append(Cell("test", method, 0, 0.0))
+    return cells
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: the test prompts' rows, by steps and method."""
+    def shown(pair: Optional[list[float]]) -> str:
+        return f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else ""
+    lines = []
+    for row in sorted(rows, key=lambda row: row["steps"]):  # else as they came
+        guided = row.get("guided", {})
+        lines.append({
+            "steps": row["steps"], "method": row["method"], "lr": f"{row['lr']:g}",
+            "slope": shown(row.get("slope")), "sentiment": shown(row["sentiment"]),
+            "perplexity": f"{row['perplexity']:.1f}", "guided": shown(guided.get("sentiment")),
+            "its perplexity": f"{guided['perplexity']:.1f}" if guided else ""})
+    return markdown(lines)
+
+
+def tiny_chat_model(folder: Path) -> str:
+    """A model of random weights, whose tokens are bytes and words with a sentiment, in a folder."""
+    from transformers import AutoTokenizer
+    tiny_base(str(folder), [" good great happy love nice bad sad hate awful terrible" * 9])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def main(cfg: Config) -> None:
+    """The stages that were asked for, in order."""
+    analyser()  # if it is missing, now is the time to say so
+    torch.set_num_threads(cfg.jobs)
+    if cfg.mini:
+        cfg.model = tiny_chat_model(Path(cfg.out, "tiny"))
+    if "replies" in cfg.stages and not Path(cfg.out, "test", "data", "test.jsonl").exists():
+        write_replies(cfg)
+    if "tune" in cfg.stages:
+        methods = dict.fromkeys(map(tuned_as, cfg.methods))
+        run([Cell("tuning", method, cfg.tune_steps, lr) for method in methods
+             for lr in (RATES[-1:] if cfg.mini else RATES)], cfg)
+    if "train" in cfg.stages:
+        if not any(row["method"] == "base" for row in finished(cfg)):
+            append(cfg, best_of_n(cfg))
+        run(cells_to_train(cfg), cfg)
+    rows = [row for row in finished(cfg) if row["split"] == "test"]
+    if "report" in cfg.stages and rows:
+        print(f"\n{rows[-1]['date']}, commit {rows[-1]['commit']}, {rows[-1]['cpu']}; "
+              f"{BATCH_SIZE} sequences a step; mean ± half of the 95 % interval over prompts\n")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    start(main, Config)
