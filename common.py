@@ -493,13 +493,25 @@ def write_beside(path: Path, lines: Iterable[str]) -> None:
 # of a chat is what the model's own template renders: header, reply and end alike.
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-HARD_TEXT = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京 привет \U0001f468\u200d\U0001f469"
-             " \r\nx  7  y   \n 3.14e-10 ½²³ DON'T WE'LL  a1b22c333 ,,,...;;; \t\t trailing  ")
+HARD_TEXT = ("Hello  world,\n\n\n  it's 12345 o'clock…\tnaïve café 東京 привет "
+             "\U0001f468\u200d\U0001f469 \r\nx  7  y   \n 3.14e-10 ½²³ DON'T WE'LL  a1b22c333 "
+             ",,,...;;; \t\t trailing  ")
 MARK = "\ue000"  # stands for a reply, to see what a template writes around it
 
 
 class LeftOut(Exception):
     """Why a row is left out and counted."""
+
+
+@contextlib.contextmanager
+def load_errors(name: str, what: str) -> Iterator[None]:
+    """transformers' own errors on a folder or Hub id, as one sentence."""
+    try:
+        yield
+    except Exception as problem:  # of many libraries, safetensors' own among them
+        why = str(problem).strip().split("\n")[0][:200]
+        raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load "
+                       f"({type(problem).__name__}: {why})") from problem
 
 
 class Codec:
@@ -511,65 +523,57 @@ class Codec:
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.folder, self.cfg, self.encode = folder, cfg, text_encoder(self.tokenizer)
-        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
-        word, line, newline = map(self.encode, ("a", "\na", "\n"))
-        marks_first_word = line[:len(newline)] == newline and line[len(newline):] != word
-        self.before = "\n" if marks_first_word else ""
-        self.before_ids = self.encode(self.before)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
-        self.configs = []
+        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
+        newline, word, both = map(self.encode, ("\n", "a", "\na"))
+        self.before = "" if both == newline + word else "\n"
+        configs, ends = [], [eos]
         for kind in (GenerationConfig, AutoConfig):
             with contextlib.suppress(OSError, ValueError):
-                self.configs.append(kind.from_pretrained(folder, trust_remote_code=False))
-        ends = [eos]
-        for config in self.configs:
-            more = getattr(config, "eos_token_id", None)
-            ends += more if isinstance(more, list) else [more]
+                configs.append(kind.from_pretrained(folder, trust_remote_code=False))
+        for config in configs:
+            eos = getattr(config, "eos_token_id", None)
+            ends += eos if isinstance(eos, list) else [eos]
+        self.shapes = [c.get_text_config() for c in configs if hasattr(c, "get_text_config")]
+        self.turn_end, self.turn_tail = self._find_turn_end(ends)
+        ends += self.encode(self.turn_end)[-1:]
         self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
         require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
                 "token, so no response could end")
-        self.turn_end, self.turn_tail, self.opened = "", "", ""
-        if self.tokenizer.chat_template:
-            self._read_template()
         self.check_fits()
 
-    def _read_template(self) -> None:
-        """Finds what the template writes after a reply: what ends the turn, and a tail."""
+    def _find_turn_end(self, stop_ids: list) -> tuple[str, str]:
+        """What the template writes after a reply: up to its first special token, and the rest."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
-            before, whole = self._render(chat[:1], True), self._render(chat, False)
-        except LeftOut:
-            return  # it refuses two plain turns, so no conversation will get further
-        if not whole.startswith(before):
-            self.opened = before[len(os.path.commonprefix([before, whole])):]
-        tail = whole.rpartition(MARK)[2] if MARK in whole else ""
-        special = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
-        special += [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        ends = [tail.index(token) + len(token) for token in special if token in tail]
-        self.turn_end = tail[:min(ends, default=0)]
-        self.turn_tail = tail[len(self.turn_end):]
-        end_id = self.encode(self.turn_end)[-1:]
-        if end_id and end_id[0] not in self.stop_ids:
-            self.stop_ids += end_id
-            print_once(f"{self.folder}: a turn ends with {self.turn_end.strip()}, as its chat "
-                       "template has it, also where generation_config does not say so")
+            _, mark, after = self._render(chat, False).rpartition(MARK)
+        except (BadInput, LeftOut):
+            return "", ""  # without a template, or one that no conversation will get through
+        special = [t.content for i, t in self.tokenizer.added_tokens_decoder.items()
+                   if t.special or i in stop_ids]
+        ends = [after.index(token) + len(token) for token in special if mark and token in after]
+        end = min(ends, default=0)
+        return after[:end], after[end:]
 
     def check_fits(self, tag: str = "") -> None:
         """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
         prompt, BOS, reward tag and response."""
         size, extra = len(self.tokenizer), len(self.bos + self.encode(tag))
         need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + extra
-        for config in self.configs:
-            if hasattr(config, "get_text_config"):
-                shape = config.get_text_config()
-                embeddings = getattr(shape, "vocab_size", None) or math.inf
-                require(size <= embeddings, f"{self.folder}: the tokenizer has {size:,} tokens and "
-                        f"the model {embeddings:,} embeddings; resize_token_embeddings first")
-                most = most_positions(shape)
-                require(need <= most, f"{self.folder} reads at most {most} tokens, and prompt, "
-                        f"response, BOS and reward tag may take {need}: lower --max_prompt_tokens "
-                        "or --max_response_tokens")
+        for shape in self.shapes:
+            embeddings = getattr(shape, "vocab_size", None) or math.inf
+            require(size <= embeddings, f"{self.folder}: the tokenizer has {size:,} tokens and the "
+                    f"model {embeddings:,} embeddings; resize_token_embeddings first")
+            most = getattr(shape, "max_position_embeddings", None) or math.inf
+            rope = getattr(shape, "rope_parameters", None) or {}
+            for kind in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+                # a sequence beyond the original limit would change all others of its batch
+                if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
+                    most = min(most, kind.get("original_max_position_embeddings") or most)
+            require(need <= most, f"{self.folder} reads at most {most} tokens, and prompt, "
+                    f"response, BOS and reward tag may take {need}: lower --max_prompt_tokens or "
+                    "--max_response_tokens")
 
     def _render(self, messages: list[dict], generation_prompt: bool) -> str:
         require(self.tokenizer.chat_template, f"{self.folder}: has no chat template, which "
@@ -580,6 +584,20 @@ class Codec:
         except Exception as problem:  # a template is a program, and may fail as one
             why = " ".join(str(problem).split())[:100]
             raise LeftOut(f"that the chat template refuses ({why})") from problem
+
+    def render_turn(self, prompt: list[dict], response: str) -> tuple[str, str]:
+        """The template's text that asks for a reply, and its text with this reply.
+
+        Raises BadInput unless the second begins with the first, LeftOut if the template refuses.
+        """
+        asked = self._render(prompt, True)
+        whole = self._render([*prompt, {"role": "assistant", "content": response}], False)
+        opened = asked[len(os.path.commonprefix([asked, whole])):]
+        require(not opened, f"{self.folder}: its chat template asks for a reply with {opened!r} "
+                "and renders one without it, so no given response follows what the policy is asked "
+                'with; edit the template, give prompts as text, or mark rows "source": '
+                '"generated" to teach their responses right after the generation prompt')
+        return asked, whole
 
     def prompt(self, prompt: Any) -> list[int]:
         """Ids of a prompt: text after BOS, or messages through the template up to the reply.
@@ -596,145 +614,103 @@ class Codec:
 
     def continuation(self, text: str) -> list[int]:
         """Ids of a text that continues a prompt."""
-        ids, n = self.encode(self.before + text), len(self.before_ids)
-        return ids[n:] if ids[:n] == self.before_ids else self.encode(text)
+        before, ids = self.encode(self.before), self.encode(self.before + text)
+        return ids[len(before):] if ids[:len(before)] == before else self.encode(text)
 
     def turn(self, prompt: Any, response: str, truncated: bool = False,
              generated: bool = False) -> tuple[list[int], list[int], list[int]]:
-        """Ids of prompt, reply and tail: the reply up to the token that ends it, unless truncated;
-        the tail is what a template writes after that.
+        """Ids of prompt, reply and tail: the reply up to the token that ends it, unless it is
+        truncated or too long, and what a template writes after that.
 
         A `generated` reply continues the generation prompt as it stands; any other is rendered by
-        the template.  Raises LeftOut as prompt() does, BadInput for a template that begins a reply
-        with something else than its generation prompt.
+        the template.  Raises what prompt() and render_turn() do.
         """
         before, is_text = self.prompt(prompt), isinstance(prompt, str)
-        end = "" if is_text or truncated else self.turn_end
-        tail = "" if is_text or truncated else self.turn_tail
+        end = self.stop_ids[:1] if is_text else self.encode(self.turn_end)[-1:] or self.stop_ids[:1]
         if is_text or generated:
-            reply = self.continuation(response + end)
+            reply = self.continuation(response)
         else:
-            before_text = self._render(prompt, True)
-            answer = {"role": "assistant", "content": response}
-            whole = self._render([*prompt, answer], False)
-            require(whole.startswith(before_text), self.why_opened())
-            text = whole.removesuffix(self.turn_end + self.turn_tail) + end
-            ids = self.encode(text)
+            asked, whole = self.render_turn(prompt, response)
+            after = self.turn_end + self.turn_tail if truncated else self.turn_tail
+            whole = whole.removesuffix(after)
+            ids = self.encode(whole)
             reply = ids[len(before):]
             if ids[:len(before)] != before:
                 print_once(f"{self.folder}: tokens of its chat template join prompt and reply; "
                            "they are encoded apart")
-                reply = self.continuation(text[len(before_text):])
+                reply = self.continuation(whole.removeprefix(asked))
         if not truncated and (not reply or reply[-1] not in self.stop_ids):
-            reply = reply + self.stop_ids[:1]
-        return before, reply, self.encode(tail)
-
-    def why_opened(self) -> str:
-        """What is wrong with a template that begins a reply otherwise than it asks for one."""
-        return (f"{self.folder}: its chat template asks for a reply with {self.opened!r} and "
-                "renders one without it, so no given response follows what the policy is asked "
-                'with; edit the template, give prompts as text, or mark rows "source": '
-                '"generated" to teach their responses right after the generation prompt')
+            reply = reply + end
+        most = self.cfg.max_response_tokens
+        has_tail = not (is_text or truncated or len(reply) > most)
+        return before, reply[:most], self.encode(self.turn_tail) if has_tail else []
 
     def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), response mask (T,)) for a policy; a reply that is too long is cut."""
-        generated = sample.source == "generated"
-        before, reply, _ = self.turn(sample.prompt, sample.response, sample.truncated, generated)
-        ids = before + reply[:self.cfg.max_response_tokens]
-        return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= len(before)
+        """(ids (T,), response mask (T,)) for a policy."""
+        before, reply, _ = self.turn(sample.prompt, sample.response, sample.truncated,
+                                     sample.source == "generated")
+        ids = np.array(before + reply, dtype=np.int32)
+        return ids, np.arange(len(ids)) >= len(before)
 
     def scored(self, prompt: Any, response: str, truncated: bool = False,
                generated: bool = False) -> np.ndarray:
         """Ids (T,) for a reward model: those that a policy reads, and the template's tail."""
-        before, reply, tail = self.turn(prompt, response, truncated, generated)
-        most = self.cfg.max_response_tokens
-        ids = before + (reply[:most] if len(reply) > most else reply + tail)
-        return np.array(ids, dtype=np.int32)
+        return np.concatenate(self.turn(prompt, response, truncated, generated)).astype(np.int32)
 
     def decode(self, response: Response) -> str:
-        """A sampled response's text, without the end of the turn.  Where the token limit cut a
+        """A sampled response's text, without the token that ends it.  Where the token limit cut a
         character in two, the text ends before it."""
-        ids, end = response.ids, self.encode(self.turn_end)
-        if not response.truncated:
-            ids = ids[:-len(end)] if end and ids[-len(end):] == end else ids[:-1]
-        after = self.tokenizer.decode(self.before_ids)
-        text = self.tokenizer.decode(self.before_ids + ids)
-        text = text[len(after):] if text.startswith(after) else self.tokenizer.decode(ids)
+        text_of = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        ids, before = response.ids, self.encode(self.before)
+        text = text_of(before + (ids if response.truncated else ids[:-1]))
+        text = text.removeprefix(text_of(before))
         return text.rstrip("\ufffd") if response.truncated else text
 
 
-def most_positions(shape: Any) -> float:
-    """How many tokens a model of this configuration reads.  LongRoPE and dynamic RoPE beyond the
-    original limit would change every sequence of a batch for the sake of one, so they end there."""
-    most = getattr(shape, "max_position_embeddings", None) or math.inf
-    rope = getattr(shape, "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
-        if isinstance(parameters, dict) and parameters.get("rope_type") in ("longrope", "dynamic"):
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                shape, "original_max_position_embeddings", None)
-            most = min(most, original or most)
-    return most
-
-
-@contextlib.contextmanager
-def load_errors(name: str, what: str) -> Iterator[None]:
-    """transformers' own errors on a folder or Hub id, as one sentence."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as problem:  # of many libraries, safetensors' own among them
-        why = str(problem).strip().split("\n")[0][:200]
-        raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load "
-                       f"({type(problem).__name__}: {why})") from problem
-
-
-@functools.lru_cache(maxsize=8)
 def text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """The encoder of a text, without BOS and EOS; the text of a special token is that token.
+    """Text -> ids without BOS and EOS; the text of a special token is that token.
 
-    tiktoken's, if it proves equal to the tokenizer's own on its vocabulary and on hard text.
+    By tiktoken, if that proves equal to the tokenizer itself on its vocabulary and on hard text.
     """
-    def own(text: str) -> list[int]:
+    def own(text: Any) -> list:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     try:
         fast = tiktoken_encoder(tokenizer, own)
-        words = filter(None, tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-        texts = [HARD_TEXT, *(tokenizer.convert_tokens_to_string([word]) for word in words)]
-        return fast if all(fast(text) == own(text) for text in texts) else own
-    except (AttributeError, KeyError, ValueError, IndexError, TypeError):
-        return own  # no byte-level BPE
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return own
+    words = map(tokenizer.convert_tokens_to_string, zip(tokenizer.get_vocab()))
+    texts = [HARD_TEXT, *words]
+    return fast if list(map(fast, texts)) == own(texts) else own
 
 
 def tiktoken_encoder(tokenizer: Any, own: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
-    """tiktoken's encoder from a byte-level BPE's merges.  Raises ValueError for other kinds.
+    """tiktoken's encoder from a byte-level BPE's merges; texts with a special token, a word that no
+    merge makes or a byte that the vocabulary lacks are left to own().
 
-    Texts with a special token, with a byte that the vocabulary lacks or a word that no merge makes
-    are left to own().
+    Raises KeyError, TypeError or ValueError for other tokenizers.
     """
     import tiktoken
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, splitter = spec["model"], spec["pre_tokenizer"]
-    *first, last = splitter.get("pretokenizers", [splitter])
-    pattern = first[0]["pattern"]["Regex"] if first else GPT2_SPLIT
-    plain = last["type"] == "ByteLevel" and not last["add_prefix_space"] and len(first) < 2
-    if not plain or last["use_regex"] == bool(first) or spec["normalizer"]:
-        raise ValueError("another pre-tokenizer or normalizer")
-    byte_of, vocabulary = {c: b for b, c in bytes_to_unicode().items()}, model["vocab"]
-    words = ["".join(pair if isinstance(pair, list) else pair.split(" "))
-             for pair in model["merges"]]
+    splitter, patterns = spec["pre_tokenizer"], []
+    for step in splitter.get("pretokenizers", [splitter]):
+        if step["type"] != "ByteLevel":
+            patterns.append(step["pattern"]["Regex"])
+        elif step["use_regex"]:
+            patterns.append(GPT2_SPLIT)
+    model, vocabulary = spec["model"], spec["model"]["vocab"]
+    words = ["".join(pair) for pair in model["merges"]]
     merged = [vocabulary[word] for word in words]
-    if merged != sorted(merged):
-        raise ValueError("ids in another order than merges, as which tiktoken takes them")
+    if len(patterns) != 1 or spec["normalizer"] or merged != sorted(merged):
+        raise ValueError("tiktoken splits by one pattern, and merges in the order of ids")
+    byte_of = {c: b for b, c in bytes_to_unicode().items()}
     if model.get("ignore_merges"):  # a whole word that is in the vocabulary is one token
-        words += [word for word in vocabulary if all(c in byte_of for c in word)]
+        words += [word for word in vocabulary if byte_of.keys() >= set(word)]
     ranks = {bytes(byte_of[c] for c in word): vocabulary[word] for word in words}
     ranks |= {bytes([b]): vocabulary.get(c, 2**31 + b) for c, b in byte_of.items()}
     known = {*merged, *(vocabulary.get(c) for c in byte_of)}
-    fast = tiktoken.Encoding("merges", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()]
-    has_added_token = re.compile("|".join(added) or r"(?!)").search  # (?!) matches nothing
+    fast = tiktoken.Encoding("bpe", pat_str=patterns[0], mergeable_ranks=ranks, special_tokens={})
+    has_added_token = re.compile("|".join(map(re.escape, tokenizer.get_added_vocab()))).search
 
     def encode(text: str) -> list[int]:
         ids = [] if has_added_token(text) else fast.encode_ordinary(text)
@@ -790,8 +766,8 @@ def read_rows(source: str, expected: dict[str, str], columns: list[str],
               parse: Callable[[dict], Any], quiet: bool = False) -> Iterator[tuple[str, Any]]:
     """(file or split, parse(row)) of each row, a row {our field: value} without nulls.
 
-    parse() raises LeftOut for a row that is of no use.  Says at the end how many rows were used.
-    Raises BadInput naming the row for a field that is missing or not what is `expected`.
+    Says at the end how many rows were used, and why parse() raised LeftOut for others.  Raises
+    BadInput with the place of a row that is wrong, or if no row is used.
     """
     renamed = column_names(columns)
     names = {field: renamed.get(field, [field]) for field in expected}
@@ -799,57 +775,58 @@ def read_rows(source: str, expected: dict[str, str], columns: list[str],
     for part, where, row in read_source(source):
         seen |= row.keys()
         try:
-            entry = parse(named_fields(row, expected, names))
+            entry = parse(read_fields(row, expected, names))
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
-        except KeyError as field:
-            raise BadInput(f"{where}: the field {field} is missing; it has "
-                           f"{', '.join(row)}") from field
-        except ValueError as problem:
-            raise BadInput(f"{where}: {problem}") from problem
+        except BadInput as problem:
+            raise BadInput(f"{where}, with {', '.join(row)}: {problem}") from problem
         used += 1
         yield part, entry
-    read = {theirs for field in names for theirs in names[field]}
-    lacking = {theirs for field in renamed.keys() & names for theirs in names[field]} - seen
-    require(not lacking, f"{source}: --columns: has no {', '.join(sorted(lacking))}; it has "
-            f"{', '.join(sorted(seen))}")
-    report = [f"{used:,} of {used + sum(left_out.values()):,} rows used"]
+    for name in renamed.keys() & names:
+        require(seen.issuperset(names[name]), f"{source}: --columns {name}: has no "
+                f"{' or '.join(names[name])}; it has {', '.join(sorted(seen))}")
+    report = [f"{source}: {used:,} of {used + left_out.total():,} rows used"]
     report += [f"left out: {count:,} {reason}" for reason, count in left_out.items()]
-    if seen - read:
-        report.append("columns not read: " + ", ".join(sorted(seen - read)))
+    unread = seen.difference(*names.values())
+    if unread:
+        report.append(f"columns not read: {', '.join(sorted(unread))}")
+    require(used, "; ".join(report))
     if not quiet:
-        print0(f"  {source}: {'; '.join(report)}")
+        print0("  " + "; ".join(report))
 
 
-def named_fields(row: dict, expected: dict[str, str], names: dict[str, list[str]]) -> dict:
-    """The row's fields under our names, without nulls.  Raises ValueError for an unfit value."""
+def read_fields(row: dict, expected: dict[str, str], names: dict[str, list[str]]) -> dict:
+    """The row's fields under our names, without nulls.  Raises BadInput for an unfit value."""
     fields = {}
     for name, kind in expected.items():
         values = [row[theirs] for theirs in names[name] if row.get(theirs) is not None]
-        if len(names[name]) > 1:  # columns to join
-            texts = [read_field(name, text, TEXT) for text in values]
-            values = ["\n\n".join(text for text in texts if text)]
+        if len(values) > 1 and all(isinstance(value, str) for value in values):
+            values = ["\n\n".join(filter(None, values))]
         if values:
-            fields[name] = read_field(name, values[0], kind)
+            value = values[0]
+            require(len(values) == 1 and is_kind(value, kind),
+                    f"the field {name!r} must be {kind}, not {value!r:.50}")
+            if isinstance(value, list):  # Arrow fills the keys that only other messages have
+                value = [{k: v for k, v in m.items() if v is not None} for m in value]
+            fields[name] = value
     return fields
 
 
-def read_field(name: str, value: Any, kind: str) -> Any:
-    """The value, a number as a float.  Raises ValueError where it is not of this kind."""
+def is_kind(value: Any, kind: str) -> bool:
+    """Whether a field's value is of the kind that is expected of it."""
+    if isinstance(value, str):
+        return kind in (TEXT, EITHER)
+    if isinstance(value, list):
+        return kind in (CHAT, EITHER) and value != [] and all(
+            isinstance(message, dict) and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str) for message in value)
     if kind == NUMBER:
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            if math.isfinite(float(value)):
-                return float(value)
-    if kind == FLAG and str(value).lower() in ("true", "false", "1", "0"):
-        return str(value).lower() in ("true", "1")
-    if kind in (TEXT, EITHER) and isinstance(value, str):
-        return value
-    if kind in (CHAT, EITHER) and isinstance(value, list) and value:
-        if all(isinstance(m, dict) and isinstance(m.get("role"), str)
-               and isinstance(m.get("content"), str) for m in value):
-            return [{k: v for k, v in m.items() if v is not None} for m in value]
-    raise ValueError(f"the field {name!r} must be {kind}, not {value!r:.50}")
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return kind == FLAG and value in (True, False)
+
+
+DATA_FILE = re.compile(r".+\.(jsonl|jsonl\.gz|json|parquet|csv)")
 
 
 def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
@@ -857,41 +834,36 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
     .jsonl.gz are read here, all else by the optional package `datasets`."""
     path = Path(source)
     if not path.exists():
-        hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+))?", source)
-        require(hub and not re.search(r"\.(jsonl?|parquet|csv|gz)$", source),
+        hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", source)
+        require(hub and not DATA_FILE.fullmatch(source),
                 f"{source}: no such file, folder or Hub data set")
         yield from read_with_datasets(source, "", hub[1], data_dir=hub[2])
         return
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("[!.]*") if f.is_file())
-    skipped = []
+    files = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
+    files = [file for file in files if DATA_FILE.fullmatch(file.name)]
+    require(files, f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
     for file in files:
-        part = file.name if path.is_file() else str(file.relative_to(path))
-        if re.search(r"\.jsonl(\.gz)?$", file.name):
+        part = str(file.relative_to(path)) if path.is_dir() else file.name
+        kind = DATA_FILE.fullmatch(file.name)[1]
+        if kind.startswith("jsonl"):
             for where, row in read_jsonl(file):
                 yield part, where, row
-        elif file.suffix in (".json", ".parquet", ".csv"):
-            yield from read_with_datasets(str(file), part, file.suffix[1:], data_files=str(file))
         else:
-            skipped.append(part)
-    require(len(skipped) < len(files), f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
-    if skipped:
-        print_once(f"  {source}: files not read: {', '.join(skipped)}")
+            yield from read_with_datasets(str(file), part, kind, data_files=str(file))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a .jsonl(.gz), each with its place.  Raises BadInput at a bad one."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
-                require(row is None or isinstance(row, dict),
-                        f"{path}, line {number}: not a JSON object")
-                if row is not None:
-                    yield f"{path}, line {number}", row
-    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as problem:
-        raise BadInput(f"{path}, line {number} or the next: not JSON in UTF-8 ({problem})"
-                       ) from problem
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except ValueError as problem:
+                raise BadInput(f"{where}: not JSON in UTF-8 ({problem})") from problem
+            if row is not None:
+                require(isinstance(row, dict), f"{where}: not a JSON object")
+                yield where, row
 
 
 def read_with_datasets(source: str, part: str, kind: str,
@@ -899,13 +871,10 @@ def read_with_datasets(source: str, part: str, kind: str,
     """(part, or else the split, place, row) of what the `datasets` package reads."""
     try:
         import datasets
-    except ImportError as problem:
-        raise BadInput(f"{source}: needs the datasets package: pip install datasets") from problem
-    try:
         splits = datasets.load_dataset(kind, **options)
-    except Exception as problem:  # of datasets, pyarrow, pandas, fsspec and the Hub's client
-        why = " ".join(str(problem.__cause__ or problem).split())[:200]
-        raise BadInput(f"{source}: datasets cannot read it ({why})") from problem
+    except Exception as problem:  # ImportError, and those of pyarrow, pandas and the Hub's client
+        raise BadInput(f"{source}: the package `datasets` cannot read it: "
+                       f"{problem.__cause__ or problem}") from problem
     for split, rows in splits.items():
         for number, row in enumerate(rows, 1):
             yield part or split, f"{source}, {split} row {number}", row
@@ -914,19 +883,19 @@ def read_with_datasets(source: str, part: str, kind: str,
 TURN = "\n\nAssistant:"  # the start of a reply in a transcript like HH's
 
 
-def last_turn(conversation: Any) -> tuple[Any, str]:
-    """(prompt, response) of a whole conversation: messages, or a transcript like HH's.
-
-    Raises LeftOut if it does not end with a reply, ValueError if it is no conversation.
-    """
-    if isinstance(conversation, list):
-        *prompt, last = conversation
-        replied, response = last["role"] == "assistant", last["content"]
-    else:
-        start, turn, response = conversation.rpartition(TURN)
-        if not start.strip():
-            raise ValueError("without a `prompt`, `chosen` and `rejected` must be transcripts: a "
-                             f"prompt, {TURN!r}, and a response")
+def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
+    """(prompt, response) of a response, of messages that may repeat the prompt, or, without a
+    prompt, of a transcript like HH's.  Raises LeftOut if they do not end with a reply."""
+    response, replied = answer, True
+    if isinstance(answer, list):
+        *before, last = answer
+        require(not before or before == prompt or not isinstance(prompt, list),
+                "the field 'prompt' and the conversation beside it differ")
+        prompt, response, replied = before or prompt, last["content"], last["role"] == "assistant"
+    elif prompt is None:
+        start, turn, response = answer.rpartition(TURN)
+        require(start.strip(), "without 'prompt', 'chosen' and 'rejected' must be transcripts: a "
+                f"prompt, {TURN!r}, and a response")
         prompt, replied = start + turn, "\n\nHuman:" not in response
     if not replied:
         raise LeftOut("that do not end with the assistant")
@@ -935,44 +904,48 @@ def last_turn(conversation: Any) -> tuple[Any, str]:
 
 def preference_of(row: dict) -> Preference:
     """A row's preference; a prompt that both sides repeat is read once."""
+    require({"chosen", "rejected"} <= row.keys(), "the field 'chosen' or 'rejected' is missing")
     given, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    prompts = [given, given]
-    for i, side in enumerate(sides):
-        if isinstance(side, list) or given is None:  # a whole conversation, or its last message
-            before, sides[i] = last_turn(side)
-            if isinstance(given, list) and before not in ([], given):
-                raise ValueError("the field 'prompt' and the conversations beside it differ")
-            prompts[i] = before or given
-    if not all(prompts):
-        raise KeyError("prompt")
-    if isinstance(given, str) and all(side.startswith(given) for side in sides):
-        sides = [side[len(given):] for side in sides]
-    if prompt_key(prompts[0]) != prompt_key(prompts[1]):
+    all_text = all(isinstance(text, str) for text in (given, *sides))
+    if all_text and all(side.startswith(given) for side in sides):
+        sides = [side.removeprefix(given) for side in sides]
+    (prompt, chosen), (other_prompt, rejected) = (last_turn(given, side) for side in sides)
+    require(prompt is not None, "the field 'prompt' is missing")
+    if prompt != other_prompt:
         raise LeftOut("that differ in more than the last response")
-    if not all(side.strip() for side in sides):
+    if not chosen.strip() or not rejected.strip():
         raise LeftOut("with an empty response")
-    return Preference(prompts[0], *sides)
+    return Preference(prompt, chosen, rejected)
 
 
 def sample_of(row: dict) -> Sample:
     """A row's sample; without a response it is a prompt to answer."""
-    prompt, response = row.get("prompt"), row.get("response")
-    if "messages" in row:
-        if prompt is not None or response is not None:
-            raise ValueError("the field 'messages' stands beside 'prompt' or 'response': give one")
-        prompt = row["messages"]
-        if prompt[-1]["role"] == "assistant":
-            prompt, response = last_turn(prompt)
-    if prompt is None:
-        raise KeyError("prompt")
-    if response is None and "reward" in row:
-        raise ValueError("the field 'reward' has no response beside it")
-    if row.get("weight", 0) < 0:
-        raise ValueError("the field 'weight' must not be below 0")
+    fields = dict(row)
+    messages = fields.pop("messages", None)
+    if messages:
+        require("response" not in row, "the field 'messages' stands beside 'response': give one")
+        fields["prompt"] = messages
+        if messages[-1]["role"] == "assistant":
+            fields["prompt"], fields["response"] = last_turn(row.get("prompt"), messages)
+    require("prompt" in fields, "the field 'prompt' is missing")
+    require("response" in fields or "reward" not in fields,
+            "the field 'reward' has no response beside it")
+    return Sample(**fields)
+
+
+def checked(codec: Codec, entry: Any) -> Any:
+    """The preference or sample.  Raises LeftOut if its prompt or response cannot be used, BadInput
+    if the chat template would not write the response after the prompt."""
+    prompt = entry.prompt
     if not prompt or isinstance(prompt, str) and not prompt.strip():
         raise LeftOut("with an empty prompt")
-    return Sample(prompt, response, row.get("reward"), row.get("weight"),
-                  row.get("source", "given"), row.get("truncated", False))
+    codec.prompt(prompt)
+    texts = [entry.chosen, entry.rejected] if isinstance(entry, Preference) else [entry.response]
+    is_given = getattr(entry, "source", "given") != "generated"
+    for text in texts:
+        if isinstance(prompt, list) and is_given and text is not None:
+            codec.render_turn(prompt, text)
+    return entry
 
 
 @dataclass
@@ -988,62 +961,50 @@ class Data:
 def read_data(cfg: Config, base: Stage) -> Data:
     """Reads, checks and splits --preferences and the prompts of --samples, or the toy world's."""
     codec = Codec(base.path, cfg)
-    pairs: list[tuple[str, Preference]] = []
-    samples: list[tuple[str, Sample]] = []
+    pairs, samples = [], []  # (file or split, entry) each
     if cfg.toy or cfg.preferences:
         source = cfg.preferences or toy_data(cfg.out, cfg.seed)
         pairs = list(read_rows(source, PREFERENCE_FIELDS, cfg.columns,
                                lambda row: checked(codec, preference_of(row))))
-        require(pairs, f"{source}: no usable preference")
     if cfg.samples:
         rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns,
                          lambda row: checked(codec, sample_of(row)), quiet=True)
         samples = [(part, Sample(sample.prompt)) for part, sample in rows]
-        require(samples, f"{cfg.samples}: no usable row")
     hidden = held_out_hashes(pairs, cfg) | held_out_hashes(samples, cfg)
-    train, test = [], []
-    for _, pair in pairs:
-        (test if prompt_hash(pair.prompt) in hidden else train).append(pair)
+    train = [pair for _, pair in pairs if prompt_hash(pair.prompt) not in hidden]
+    test = [pair for _, pair in pairs if prompt_hash(pair.prompt) in hidden]
     order = random.Random(cfg.seed)
     order.shuffle(train)
     order.shuffle(test)
-    prompts = distinct_prompts([s for _, s in samples] or train)
-    held_out = distinct_prompts(test + [s for _, s in samples if prompt_hash(s.prompt) in hidden])
-    data = Data(train, test, [p for p in prompts if prompt_hash(p) not in hidden], held_out, hidden)
-    require(data.prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
+
+    def distinct_prompts(entries: list, held_out: bool) -> list:
+        by_hash = {prompt_hash(entry.prompt): entry.prompt for entry in entries}
+        return [prompt for key, prompt in by_hash.items() if (key in hidden) == held_out]
+    asked = [sample for _, sample in samples]
+    prompts = distinct_prompts(asked if samples else train, held_out=False)
+    held_out = distinct_prompts(test + asked, held_out=True)
+    require(prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
     require(held_out or not cfg.eval_prompts, "too few prompts to hold any out: give more data, a "
             "larger --held_out, or --eval_prompts 0")
-    print0(f"  prompts: {len(data.prompts):,} to train on, {len(held_out):,} held out"
+    print0(f"  prompts: {len(prompts):,} to train on, {len(held_out):,} held out"
            + (f"; preferences: {len(train):,} and {len(test):,}" if pairs else ""))
-    return data
+    return Data(train, test, prompts, held_out, hidden)
 
 
-def checked(codec: Codec, entry: Any) -> Any:
-    """The preference or sample.  Raises LeftOut if its prompt cannot be used, BadInput if its
-    response cannot be rendered after the prompt."""
-    codec.prompt(entry.prompt)
-    given = isinstance(entry, Preference) or entry.response and entry.source != "generated"
-    require(not codec.opened or not given or isinstance(entry.prompt, str), codec.why_opened())
-    return entry
+TEST_PART = re.compile(r"(^|[/_.-])(test|valid|validation|val|eval|evaluation)([/_.-]|\d|$)")
 
 
-def held_out_hashes(rows: list[tuple[str, Any]], cfg: Config) -> set[int]:
-    """Hashes of the prompts that one source holds out: those in files, folders and splits whose
-    name says test, valid or eval; where none or all do, a share of them by hash and seed, so that
-    all scripts agree."""
-    parts = {part for part, _ in rows}
-    test = {part for part in parts if re.search(
-        r"(^|[/_.-])(test|val|valid|validation|eval|evaluation)([/_.-]|\d|$)", part)}
-    if test and test < parts:
-        return {prompt_hash(row.prompt) for part, row in rows if part in test}
-    share = 2**32 * cfg.held_out
-    return {prompt_hash(row.prompt) for _, row in rows
-            if zlib.crc32(f"{cfg.seed} {prompt_key(row.prompt)}".encode()) < share}
+def held_out_hashes(entries: list[tuple[str, Any]], cfg: Config) -> set[int]:
+    """Hashes of the prompts that one source holds out: those in files or splits whose name says
+    test, valid or eval; where none or all do, a share by hash and seed, so all scripts agree."""
+    parts = {part for part, _ in entries}
+    test = set(filter(TEST_PART.search, parts))
 
-
-def distinct_prompts(rows: list) -> list:
-    """The prompts of preferences or samples, each once, in order."""
-    return list({prompt_hash(row.prompt): row.prompt for row in rows}.values())
+    def is_held_out(part: str, prompt: Any) -> bool:
+        if test and test < parts:
+            return part in test
+        return zlib.crc32(f"{cfg.seed} {prompt_key(prompt)}".encode()) < 2**32 * cfg.held_out
+    return {prompt_hash(e.prompt) for part, e in entries if is_held_out(part, e.prompt)}
 
 
 def prompt_key(prompt: Any) -> str:
@@ -1099,8 +1060,8 @@ class Tokens:
 class Examples:
     """What a policy trains on: some of the samples, each with a weight.
 
-    tag(i, epoch) is the ids that go between the prompt and the response of sample i.
-    draw(epoch) is the samples of an epoch, as indices into these examples; omitted: each once.
+    tag(i, epoch) gives the ids between prompt and response of sample i; draw(epoch) the examples of
+    an epoch by number, omitted: each once.
     """
 
     def __init__(self, tokens: Tokens, indices: Optional[np.ndarray] = None,
@@ -1118,16 +1079,16 @@ class Examples:
         """The i-th example as this epoch reads it."""
         index = int(self.indices[i])
         ids, mask = self.tokens[index]
-        tag = self.tag(index, epoch) if self.tag else []
-        if tag:
+        if self.tag:
+            tag = self.tag(index, epoch)
             start = len(mask) - int(mask.sum())  # where the response begins
-            ids = np.concatenate([ids[:start], tag, ids[start:]])
-            mask = np.concatenate([mask[:start], [False] * len(tag), mask[start:]])
+            ids = np.insert(ids, start, tag)
+            mask = np.insert(mask, start, [False] * len(tag))
         return Example(ids, mask, float(self.weight[index]))
 
 
 class MicroBatch(NamedTuple):
-    """What one forward takes: packed sequences, T tokens, N of which are learnt."""
+    """What one forward takes: packed sequences of T tokens, N of which are learnt."""
     input_ids: torch.Tensor      # (T,) int64
     lengths: list[int]           # of the sequences
     rows: torch.Tensor           # (N,) int64, the positions that predict a response token
@@ -1137,7 +1098,7 @@ class MicroBatch(NamedTuple):
 
 
 class Batch:
-    """An optimiser step: this rank's micro-batches, and what their losses' sum is divided by."""
+    """An optimiser step: this rank's micro-batches, and what the sum of losses is divided by."""
 
     def __init__(self, examples: list[Example], cfg: Config, padded: bool):
         lengths = [len(e.ids) for e in examples]
@@ -1148,8 +1109,8 @@ class Batch:
 
 
 def micro_batch(examples: list[Example], share: list[int]) -> MicroBatch:
-    """The examples of a share.  A rank whose share is empty still joins every forward, as the
-    others' collectives wait for it: it reads the first example, and learns nothing from it."""
+    """The examples of a share.  A rank whose share is empty reads the first example and learns
+    nothing from it, as the other ranks' collectives wait for its forward."""
     if not share:
         return collate(examples[:1], learnt=False)
     return collate([examples[i] for i in share])
@@ -1172,8 +1133,8 @@ def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
 
 
 def group_by_token_budget(lengths: list[int], budget: int, padded: bool) -> list[list[int]]:
-    """Indices into lengths, longest first, in groups of at most `budget` tokens, one sequence at
-    least: count x longest where they are padded, their sum where they are packed."""
+    """Indices into lengths, longest first, in groups of at most `budget` tokens (or of one
+    sequence): count x longest where they are padded, their sum where they are packed."""
     groups: list[list[int]] = []
     longest = total = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -1194,8 +1155,7 @@ def shard_micro_batches(lengths: list[int], budget: int, padded: bool) -> list[l
         own = order[r::world_size()]
         groups = group_by_token_budget([lengths[i] for i in own], budget, padded)
         by_rank.append([[own[j] for j in group] for group in groups])
-    most = max(map(len, by_rank))
-    own = by_rank[rank()]
+    most, own = max(map(len, by_rank)), by_rank[rank()]
     return own + [[]] * (most - len(own))
 
 
@@ -1218,10 +1178,10 @@ def step_indices(examples: int, batch_size: int, seed: int, steps: int,
 def print_plan(examples: int, cfg: Config) -> None:
     """The resolved arithmetic, before training."""
     steps = count_steps(examples, cfg)
+    dtype = str(compute_dtype(cfg)).removeprefix("torch.")
     print0(f"  {examples:,} sequences; {steps:,} steps of {cfg.batch_size} over {world_size()} "
            f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; at most "
-           f"{cfg.micro_batch_tokens:,} tokens a forward; "
-           f"{str(compute_dtype(cfg)).removeprefix('torch.')} on {device()}")
+           f"{cfg.micro_batch_tokens:,} tokens a forward; {dtype} on {device()}")
 
 
 FORWARD_ONLY = 4  # times as many tokens where no activations are kept
@@ -1250,29 +1210,27 @@ def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: An
 
 PACKED = "packed"     # transformers' name for attention(), below
 PADDED_BELOW = 256    # hidden width: for smaller models padding costs less than a call a sequence
-IGNORED = frozenset((  # what transformers hands to every attention function, and changes nothing
-    "position_ids", "cache_position", "cu_seq_lens_k", "max_length_k", "use_cache", "return_dict",
-    "output_attentions", "output_hidden_states", "output_router_logits"))
+IGNORED = frozenset((  # arguments that change nothing here, where dropout is off
+    "dropout", "position_ids", "cache_position", "cu_seq_lens_k", "max_length_k", "use_cache",
+    "return_dict", "output_attentions", "output_hidden_states", "output_router_logits"))
 
 
 def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
               attention_mask: Optional[torch.Tensor], scaling: Optional[float] = None,
-              dropout: float = 0.0, sliding_window: Optional[int] = None,
-              is_causal: Optional[bool] = None, cu_seq_lens_q: Optional[torch.Tensor] = None,
-              max_length_q: int = 0, kv_step: Any = None,
-              **more: Any) -> tuple[torch.Tensor, None]:
+              sliding_window: Optional[int] = None, is_causal: Optional[bool] = None,
+              cu_seq_lens_q: Optional[torch.Tensor] = None, max_length_q: int = 0,
+              kv_step: Any = None, **more: Any) -> tuple[torch.Tensor, None]:
     """Causal attention, (B, heads, T, D) -> (B, T, heads, D): within packed sequences (B = 1), as
     the sampler's `kv_step` does it, or of whole sequences.
 
-    Raises TypeError for what it does not know: a mask, sinks, a soft-cap, sparse blocks.
+    Raises TypeError for what it cannot do: a mask of the model's own, sinks, a soft-cap, ...
     """
     sdpa = torch.nn.functional.scaled_dot_product_attention
     heads, t = query.shape[1:3]
-    unknown = [name for name, given in more.items() if given is not None and name not in IGNORED]
-    if attention_mask is not None or dropout or (is_causal is False and t > 1):
-        unknown.append("a mask of the model's own, or dropout")
-    if unknown:
-        raise TypeError(f"its attention takes {', '.join(unknown)}")
+    given = {"attention_mask": attention_mask, **more}
+    unknown = [name for name in given if given[name] is not None and name not in IGNORED]
+    if unknown or (is_causal is False and t > 1):
+        raise TypeError(f"its attention takes {', '.join(unknown) or 'is_causal=False'}")
     if kv_step is not None:
         return kv_step.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
                               max_length_q), None
@@ -1326,10 +1284,9 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int],
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
-    step = {} if kv_step is None else {"kv_step": kv_step}
     return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
                 cu_seq_lens_k=ends, max_length_q=max(lengths), max_length_k=max(lengths),
-                use_cache=False, **step).last_hidden_state[0]
+                use_cache=False, kv_step=kv_step).last_hidden_state[0]
 
 
 def enable_packing(model: Any) -> Any:
@@ -1870,7 +1827,7 @@ class Response(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of R lanes, S positions each, for every layer that stores some."""
+    """Keys and values of R lanes, S positions each, for every layer."""
 
     def __init__(self, lanes: int, length: int):
         self.lanes, self.length = lanes, length
@@ -1996,8 +1953,10 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     uniform = uniform.to(device())
     with progress(None, what, total=len(share), unit="response") as bar:
         if packed:
-            paths = [[prompts[i], unconditional[i]] if guidance else [prompts[i]] for i in share]
-            drawn = fill_slots(model, paths, uniform, cfg, stop, temperature, guidance, bar, cost)
+            sources = [prompts, unconditional] if guidance else [prompts]
+            contexts = [[source[i] for source in sources] for i in share]
+            drawn = fill_slots(model, contexts, uniform, cfg, stop, temperature, guidance, bar,
+                               cost)
         else:
             drawn = generate(model, [prompts[i] for i in share], uniform, stop, temperature, bar,
                              cost)
@@ -2012,36 +1971,38 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     return gather_by_index(responses, len(prompts))
 
 
-def fill_slots(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
+def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
                stop: list[int], temperature: float, guidance: float, bar: Any,
                cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probs (n, most) of n responses from uniform (n, most); paths[i] holds the i-th
-    one's prompt, or the two to guide by.
+    """Tokens and log-probs (n, most) of n responses from uniform (n, most); contexts[i] holds the
+    i-th one's prompt, and the unconditional one if it is guided.
 
     State belongs to responses.  A slot knows which one it writes, and whether it is active.
     """
     gpu = device().type == "cuda"
-    if gpu and len(paths) == 1:  # a step of one lane would be compiled anew: two, alike
-        paths, uniform = paths * 2, uniform.repeat(2, 1)
-    n, most = uniform.shape
-    width = 2 if guidance else 1  # lanes of a slot
-    longest = most + max((len(prompt) for path in paths for prompt in path), default=0)
+    if gpu and len(contexts) == 1:  # a step of one lane would be compiled anew: two, alike
+        contexts, uniform = contexts * 2, uniform.repeat(2, 1)
+    (n, most), lanes_each = uniform.shape, 2 if guidance else 1
+    longest = most + max((len(prompt) for context in contexts for prompt in context), default=0)
     pick = compile_for_sampling(model) if gpu else choose
-    count = min(n, slots_that_fit(model, width * longest))
-    cache = KVCache(width * count, longest)
-    prompt_length = torch.tensor([[len(p) for p in path] for path in paths], device=device())
-    last = torch.tensor([[p[-1] for p in path] for path in paths], device=device())  # (n, width)
+    slots = min(n, slots_that_fit(model, lanes_each * longest))
+    cache = KVCache(lanes_each * slots, longest)
+
+    # Of responses: prompt_length, last (n, lanes_each); length (n,); tokens, log_probs (n, most)
+    prompt_length = torch.tensor([[len(p) for p in context] for context in contexts]).to(device())
+    last = torch.tensor([[p[-1] for p in context] for context in contexts]).to(device())
     length = torch.zeros(n, dtype=torch.int64, device=device())
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
-    stops, lanes = torch.tensor(stop, device=device()), torch.arange(width, device=device())
-    response = torch.arange(count, device=device())             # (R,) which one a slot writes
-    active = torch.zeros_like(response, dtype=torch.bool)       # (R,) whether it still does
+    # Of slots: (R,) each
+    response = torch.arange(slots, device=device())
+    active = torch.zeros_like(response, dtype=torch.bool)
+    stops, lanes = torch.tensor(stop, device=device()), torch.arange(lanes_each, device=device())
 
     def step() -> None:
         """The next token of every active slot; idle ones compute along at position 0."""
         t = torch.where(active, length[response], 0)                                    # (R,)
         position = prompt_length[response] + t[:, None] - 1  # first a prompt's last token again
-        position = torch.where(active[:, None], position, 0)                        # (R, width)
+        position = torch.where(active[:, None], position, 0)                # (R, lanes_each)
         hidden = cache.decode(model, last[response].flatten(), position.flatten())
         token, log_p = pick(logits_of(model, hidden), uniform[response, t], temperature, guidance)
         tokens[response, t] = torch.where(active, token, tokens[response, t])
@@ -2049,34 +2010,34 @@ def fill_slots(model: Any, paths: list[list[list[int]]], uniform: torch.Tensor, 
         last[response], length[response] = token[:, None], t + 1
         active.logical_and_(~torch.isin(token, stops) & (t + 1 < most))
 
-    def refill(slots: list[int], first: int) -> None:
-        """Gives responses from the first on to the slots, and reads their prompts."""
+    def refill(idle: list[int], first: int) -> None:
+        """Gives responses from the first on to idle slots, and reads their prompts."""
         wanted: dict[tuple, list[int]] = {}  # each prompt once, and the lanes that want it
-        for slot, i in zip(slots, range(first, n)):
-            for lane, prompt in enumerate(paths[i], start=slot * width):
+        for slot, i in zip(idle, range(first, n)):
+            for lane, prompt in enumerate(contexts[i], start=slot * lanes_each):
                 wanted.setdefault(tuple(prompt), []).append(lane)
         prompts, lengths = list(wanted), [len(prompt) for prompt in wanted]
         cost.add_forward(model, sum(lengths))
         budget = FORWARD_ONLY * cfg.micro_batch_tokens
         for part in group_by_token_budget(lengths, budget, padded=False):
             cache.read_prompts(model, {prompts[j]: wanted[prompts[j]] for j in part})
-        response[slots] = torch.arange(first, first + len(slots), device=device())
-        active[slots] = True
+        response[idle] = torch.arange(first, first + len(idle), device=device())
+        active[idle] = True
 
     begun, run = 0, None
     while True:
         idle = (~active).nonzero()[:, 0].tolist()
         bar.update(begun - (len(active) - len(idle)) - bar.n)
         if begun < n and 8 * len(idle) >= len(active):
-            slots = idle[:n - begun]
-            refill(slots, begun)
-            begun += len(slots)
+            taken = idle[:n - begun]
+            refill(taken, begun)
+            begun += len(taken)
         elif begun == n and len(idle) == len(active):
             return tokens, log_probs
         elif begun == n and 2 * len(idle) >= len(active) > (64 if gpu else 1):  # half will do
             active_first = active.int().argsort(descending=True, stable=True)
             kept = active_first[:math.ceil(len(active) / 2)]
-            cache.keep((kept[:, None] * width + lanes).flatten())
+            cache.keep((kept[:, None] * lanes_each + lanes).flatten())
             response, active, run = response[kept], active[kept], None
         if run is None:
             run = captured(step) if gpu else step
@@ -2109,31 +2070,35 @@ def slots_that_fit(model: Any, positions: int) -> int:
 
 def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: list[int],
              temperature: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
-    """fill_slots() for models that are not packed: transformers' generate on prompts of one length
-    at a time, which need no padding, with our own choice of tokens.  Prompts come sorted by length.
+    """fill_slots() for models that are not packed: transformers' generate, with our own choice of
+    tokens, on prompts of one length at a time, which need no padding.  They come sorted by length.
     """
     from transformers import GenerationConfig, LogitsProcessorList
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
     settings = GenerationConfig(do_sample=False, max_new_tokens=uniform.shape[1], eos_token_id=stop,
                                 pad_token_id=stop[0])
 
-    def pick(rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Notes the chosen tokens of these rows, and leaves generate no other choice."""
+    def pick(rows: list[int], ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Notes the tokens chosen for these rows, and leaves generate no other choice."""
         t = ids.shape[1] - len(prompts[rows[0]])
-        token, log_p = choose(scores, uniform[rows, t], temperature)
+        token, log_p = choose(scores, uniform[rows, t], temperature)                    # (R,)
         tokens[rows, t], log_probs[rows, t] = token, log_p.double()
         return torch.full_like(scores, -math.inf).scatter_(1, token[:, None], 0.0)
 
+    batches = []
+    for _, rows in itertools.groupby(range(len(prompts)), lambda i: len(prompts[i])):
+        rows = list(rows)
+        batches += [rows[i:i + SLOTS["cpu"]] for i in range(0, len(rows), SLOTS["cpu"])]
     own = model.generation_config
     model.generation_config = GenerationConfig()  # else its penalties would apply
     try:
-        for _, same_length in itertools.groupby(range(len(prompts)), lambda i: len(prompts[i])):
-            for rows in torch.tensor(list(same_length)).split(SLOTS["cpu"]):
-                ids = torch.tensor([prompts[i] for i in rows], device=device())         # (R, T)
-                cost.add_forward(model, ids.numel())
-                model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                               logits_processor=LogitsProcessorList([functools.partial(pick, rows)]))
-                bar.update(len(rows))
+        for rows in batches:
+            ids = torch.tensor([prompts[i] for i in rows], device=device())             # (R, T)
+            cost.add_forward(model, ids.numel())
+            processors = LogitsProcessorList([functools.partial(pick, rows)])
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings,
+                           logits_processor=processors)
+            bar.update(len(rows))
     finally:
         model.generation_config = own
     return tokens, log_probs
@@ -2244,10 +2209,14 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
                 chunk[i] = chunk[i]._replace(response=codec.decode(reply), source="generated",
                                              truncated=reply.truncated)
         unscored = [i for i, row in enumerate(chunk) if row.reward is None]
+        if score and len(unscored) < len(chunk):
+            print_once("  some rewards are the data's own: their unit must be the reward model's")
         if unscored and score:
-            prompts, responses, truncated = zip(*(
-                (chunk[i].prompt, chunk[i].response, chunk[i].truncated) for i in unscored))
-            for i, reward in zip(unscored, score(prompts, responses, truncated, cost)):
+            prompts, responses, truncated, sampled = zip(*(
+                (row.prompt, row.response, row.truncated, row.source == "generated")
+                for row in (chunk[i] for i in unscored)))
+            rewards = score(prompts, responses, truncated, cost, generated=sampled)
+            for i, reward in zip(unscored, rewards):
                 chunk[i] = chunk[i]._replace(reward=reward)
         if rank() == 0:
             with open(work, "a", encoding="utf-8") as file:
@@ -2343,13 +2312,14 @@ def load_function(spec: str) -> Callable:
     require(callable(function), f"{spec}: {file} defines no function {name}")
     takes_truncated = "truncated" in inspect.signature(function).parameters
 
-    def score(prompts: list, responses: list, truncated: list, cost: Cost) -> list[float]:
+    def score(prompts: list, responses: list, truncated: list, cost: Cost,
+              generated: Any = None) -> list[float]:
         own = range(rank(), len(prompts), world_size())
-        arguments = [[values[i] for i in own] for values in (prompts, responses, truncated)]
+        extra = {"truncated": [truncated[i] for i in own]} if takes_truncated else {}
         scores = []
         try:
             if own:
-                scores = function(*arguments[:2 + takes_truncated])
+                scores = function([prompts[i] for i in own], [responses[i] for i in own], **extra)
         except OSError as problem:  # its own, to be shown as Python shows it
             raise RuntimeError(f"{spec} failed") from problem
         try:
@@ -2438,7 +2408,7 @@ def answer(cfg: Config, prompts: list, base: Stage, base_model: Any, samples: Sa
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
     z = gold = [None] * len(texts)
     if score and samples.rewards.std() > 0:  # given weights may come without rewards
-        z = samples.z(score(prompts, texts, cut, cost)).tolist()
+        z = samples.z(score(prompts, texts, cut, cost, generated=[True] * len(texts))).tolist()
     if judge:
         gold = judge(prompts, texts, cut, cost)
     return [{"prompt": prompt, "response": text, "truncated": r.truncated, "tokens": len(r.ids),
@@ -2741,10 +2711,12 @@ def toy_data(out: str, seed: int) -> str:
             one, two = two, one
         split = "train" if zlib.crc32(f"{animal} {kind}".encode()) % 5 else "test"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
-    for split in lines if rank() == 0 else ():
-        write_beside(Path(out, "data", f"{split}.jsonl"), lines[split])
+    folder = Path(out, "data")
+    if rank() == 0:
+        write_beside(folder / "train.jsonl", lines["train"])
+        write_beside(folder / "test.jsonl", lines["test"])
     barrier()
-    return os.path.join(out, "data")
+    return str(folder)
 
 
 def base_policy(cfg: Config) -> Stage:
@@ -2757,19 +2729,15 @@ def base_policy(cfg: Config) -> Stage:
                       functools.partial(train_toy_base, cfg))
         build_stages(cfg, stage)
         return stage
-    needs_reward_model = cfg.preferences and not cfg.reward_model
-    check_model(cfg.model, bool(needs_reward_model))
-    if not Path(cfg.out, "samples.jsonl").exists() and rank() == 0:
+    check_model(cfg.model, reward_model=bool(cfg.preferences and not cfg.reward_model))
+    if rank() == 0 and not Path(cfg.out, "samples.jsonl").exists():
         load_model(cfg.model, compute_dtype(cfg))  # whose checks need the weights
-    if "reward_tag" in read_record(Path(cfg.model, "run.json")):
-        print0(f"  {cfg.model}: a policy of dt.py; its chat template writes the tag of its default "
-               "target after every prompt")
     return Stage(cfg.model, {"model": content_hash(cfg.model, MODEL_FILES)})
 
 
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
-    """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses, on rank 0
-    alone."""
+    """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses, on rank 0.
+    """
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     rows = read_rows(toy_data(cfg.out, cfg.seed), PREFERENCE_FIELDS, [], preference_of, quiet=True)
     pairs = [pair for part, pair in rows if part == "train.jsonl"]
@@ -2786,9 +2754,8 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None)).to(device())
-    steps = 600
+    steps, examples = 600, [Example(*codec.sample(s)) for s in samples]
     optimizer, schedule = make_optimizer(model, 5e-3, steps)
-    examples = [Example(*codec.sample(s)) for s in samples]
     own_steps = step_indices(len(examples), 32, cfg.seed, steps if rank() == 0 else 0)
     for _, _, indices in progress(own_steps, "base", total=steps):
         micro = collate([examples[i] for i in indices])

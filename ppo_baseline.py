@@ -261,7 +261,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
                                                  cost)
             clock.append(time.perf_counter())
 
-            z = samples.z(score([prompts[i] for i in batch], texts, truncated, cost))
+            z = samples.z(score([prompts[i] for i in batch], texts, truncated, cost,
+                                generated=[True] * len(texts)))
             z = np.where(truncated, np.minimum(z, cfg.missing_eos_score), z)
             clock.append(time.perf_counter())
 

@@ -187,9 +187,12 @@ def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more
 
 @torch.no_grad()
 def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts: list,
-          responses: list[str], truncated: list[bool], cost: Cost) -> list[float]:
-    """Raw scores, in the responses' order on every rank; none depends on its batch."""
-    sequences, scores = list(map(codec.scored, prompts, responses, truncated)), {}
+          responses: list[str], truncated: list[bool], cost: Cost,
+          generated: Optional[list[bool]] = None) -> list[float]:
+    """Raw scores, in the responses' order on every rank; none depends on its batch.  `generated`
+    are those that a policy wrote after its generation prompt; omitted: none."""
+    generated = generated or [False] * len(prompts)
+    sequences, scores = list(map(codec.scored, prompts, responses, truncated, generated)), {}
     padded = common.is_padded(getattr(rm, "module", rm).model)
     budget = common.FORWARD_ONLY * cfg.micro_batch_tokens
     groups = common.shard_micro_batches([len(ids) for ids in sequences], budget, padded)
@@ -200,7 +203,8 @@ def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts:
 
 
 def load_scorer(cfg: common.Config, folder: str) -> Callable:
-    """A reward model's score(prompts, responses, truncated, cost), sharded where training is."""
+    """A reward model's score(prompts, responses, truncated, cost, generated), sharded where
+    training is."""
     if common.is_sharded(cfg):
         load = functools.partial(load_classifier, folder, torch.float32)
         model = common.load_for_training(load, cfg).requires_grad_(False)
@@ -208,7 +212,12 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
     else:
         model = load_classifier(folder, common.compute_dtype(cfg), common.device())
         rm = RewardModel(model, cfg)
-    return functools.partial(score, rm, common.Codec(folder, cfg), cfg)
+    codec = common.Codec(folder, cfg)
+    scorer = functools.partial(score, rm, codec, cfg)
+    base = common.Codec(cfg.model or folder, cfg)
+    if codec.tokenizer.chat_template != base.tokenizer.chat_template:  # its own renders all replies
+        return lambda *columns, generated=None: scorer(*columns)
+    return scorer
 
 
 def report(pairs: list[Preference], score: Callable) -> dict:

@@ -125,7 +125,7 @@ def tiny_base(folder: str, texts: list[str], **shape: Any) -> common.Stage:
     """A Llama of random weights, of a tiny shape unless given another, and a tokenizer of these
     texts, saved in a folder."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
-    tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, 300, show_progress=False)
+    tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, 400, show_progress=False)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     with torch.device(common.device()):

@@ -75,8 +75,7 @@ def step(cfg, examples, kernel, tags=([], []), columns=lambda micro: ()):
     for micro in batch.micros:  # all tokens of all sequences, end to end
         loss = policy(micro, kernel, *columns(micro)) / batch.normaliser
         loss.backward()
-    print(f"  {len(batch.micros[0].input_ids)} tokens, of which {batch.tokens} are learnt; loss "
-          f"{loss.item():.3f}")
+    print(f"  {batch.tokens} tokens are learnt; loss {loss.item():.3f}")
     with torch.no_grad():
         for p in policy.parameters():
             p -= 0.1 * p.grad
