@@ -966,9 +966,15 @@ def read_data(cfg: Config, base: Stage) -> Data:
         source = cfg.preferences or toy_data(cfg.out, cfg.seed)
         pairs = list(read_rows(source, PREFERENCE_FIELDS, cfg.columns,
                                lambda row: checked(codec, preference_of(row))))
+    can_score = cfg.reward_model or cfg.preferences
+
+    def usable_sample(row: dict) -> Sample:
+        sample = checked(codec, sample_of(row))
+        require(can_score or (sample.reward, sample.weight) != (None, None), "has no reward: give "
+                "--reward_model, or --preferences to train one")
+        return sample
     if cfg.samples:
-        rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns,
-                         lambda row: checked(codec, sample_of(row)), quiet=True)
+        rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable_sample, quiet=True)
         samples = [(part, Sample(sample.prompt)) for part, sample in rows]
     hidden = held_out_hashes(pairs, cfg) | held_out_hashes(samples, cfg)
     train = [pair for _, pair in pairs if prompt_hash(pair.prompt) not in hidden]
@@ -2283,9 +2289,6 @@ def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
     require(labels and tokens.mask.any(), f"{path}: holds no token to learn")
     rewards, weights, prompts = zip(*labels)
     rewards, weights = np.array(rewards, np.float64), np.array(weights, np.float64)  # None is NaN
-    require(np.isfinite(rewards).all() or np.isfinite(weights).all(), f"{path}: "
-            f"{np.isnan(rewards).sum():,} of {len(rewards):,} samples have no reward; give "
-            "--reward_model, or --preferences to train one")
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     print0(f"  {len(labels):,} samples ({counts}), reward {rewards.mean():.3f} ± "
            f"{rewards.std():.3f}")

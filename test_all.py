@@ -2,6 +2,7 @@
 
 Offline, on tiny models, in a few minutes:  python -m pytest test_all.py
 """
+import fcntl
 import functools
 import gzip
 import itertools
@@ -123,6 +124,7 @@ def launched(module, flags, capsys, status=0):
     """A script run in this process: what it printed, or the one sentence it ended with."""
     capsys.readouterr()
     common.print_once.cache_clear()
+    common.content_hash.cache_clear()
     try:
         common.launch(module.main, module.Config, [str(flag) for flag in flags])
         ended = 0
@@ -293,64 +295,68 @@ def log_probs_of(model, rows, cfg):
 # ------------------------------------------------------------------ fused kernels and their driver
 
 
-def plain_nll(logits, targets):
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+def plain_nll(logits, targets, *columns):
+    """Each row's loss by autograd's own means; with a column, weighted by it."""
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return columns[0] * nll if columns else nll
 
 
-def plain_weighted(logits, targets, weight):
-    return weight * plain_nll(logits, targets)
+def plain_surrogate(logits, targets, old, advantage):
+    """Each row's PPO loss, its (log-ratio)^2 / 2, whether the clip bites, and its entropy."""
+    distribution = torch.distributions.Categorical(logits=logits / 0.7)
+    log_ratio = distribution.log_prob(targets) - old
+    plain = -advantage * log_ratio.exp()
+    clipped = -advantage * log_ratio.exp().clamp(0.8, 1.2)
+    return (torch.maximum(plain, clipped), log_ratio.square() / 2,
+            (clipped > plain).to(logits.dtype), distribution.entropy())
 
 
-KERNELS = {"mle_filter": (mle_filter.masked_nll_, plain_nll, 0),
-           "dt": (dt.masked_nll_, plain_nll, 0),
-           "rwr": (rwr.weighted_nll_, plain_weighted, 1)}
+def surrogate_kernel(temperature=1.0, statistics=None):
+    """PPO's kernel with a clip of 0.2."""
+    statistics = torch.zeros(3, device=DEVICE) if statistics is None else statistics
+    return functools.partial(ppo_baseline.clipped_surrogate_, temperature=temperature, clip=0.2,
+                             statistics=statistics)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("rows, compiled", [(9, False), (1, False), (9, True)])
-def test_fused_kernels_equal_float64_autograd(name, rows, compiled, monkeypatch):
-    kernel, plain, extra = KERNELS[name]
+KERNELS = {"mle_filter": mle_filter.masked_nll_, "dt": dt.masked_nll_, "rwr": rwr.weighted_nll_}
+
+
+@pytest.mark.parametrize("name", [*KERNELS, "ppo"])
+@pytest.mark.parametrize("rows, compiled, dtype", [
+    (40, False, torch.float64), (1, False, torch.float64), (40, True, torch.float64),
+    (40, False, torch.bfloat16)])
+def test_fused_kernels_equal_float64_autograd(name, rows, compiled, dtype, monkeypatch):
+    """And take bfloat16 logits, with a float32 loss."""
     if compiled:
         monkeypatch.setattr(common, "EAGER_BELOW", 0)
     torch.manual_seed(rows)
-    logits = torch.randn(rows, V, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    exact = dtype == torch.float64
+    work = torch.zeros(rows, 128, dtype=dtype, device=DEVICE)[:, :V]  # strided, as the driver's
+    work.copy_(torch.randn(rows, V))
+    logits = work.to(torch.promote_types(dtype, torch.float32)).detach().clone().requires_grad_()
     targets = torch.randint(0, V, (rows,), device=DEVICE)
-    weight = torch.rand(rows, dtype=torch.float64, device=DEVICE)
-    expected = plain(logits, targets, *[weight][:extra])
+    noise, advantage = torch.randn(2, rows, dtype=logits.dtype, device=DEVICE)
+    if name == "ppo":
+        log_p = (logits.detach() / 0.7).log_softmax(1).gather(1, targets[:, None])[:, 0]
+        sums = torch.zeros(3, dtype=logits.dtype, device=DEVICE)
+        expected, *statistics = plain_surrogate(logits, targets, log_p + 0.3 * noise, advantage)
+        ours = surrogate_kernel(0.7, sums)(work, targets, log_p + 0.3 * noise, advantage)
+        torch.testing.assert_close(sums, torch.stack([s.sum().detach() for s in statistics]))
+        assert rows == 1 or 0 < sums[1] < rows  # the clip bites in some rows and not in others
+    else:
+        columns = [noise.abs()] if name == "rwr" else []
+        expected = plain_nll(logits, targets, *columns)
+        ours = KERNELS[name](work, targets, *columns)
     expected.sum().backward()
-    work = torch.zeros(rows, 128, dtype=torch.float64, device=DEVICE)[:, :V]  # as the driver's
-    work.copy_(logits.detach())
-    loss = kernel(work, targets, *[weight][:extra])
-    torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(work, logits.grad)
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_fused_kernels_work_in_bfloat16_with_float32_loss(name):
-    kernel, plain, extra = KERNELS[name]
-    torch.manual_seed(0)
-    logits = torch.randn(6, V, device=DEVICE).bfloat16()
-    targets = torch.randint(0, V, (6,), device=DEVICE)
-    weight = torch.rand(6, device=DEVICE)
-    wide = logits.float().requires_grad_()
-    expected = plain(wide, targets, *[weight][:extra])
-    expected.sum().backward()
-    loss = kernel(logits, targets, *[weight][:extra])
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected.detach())
-    torch.testing.assert_close(logits.float(), wide.grad, atol=5e-3, rtol=1e-2)
+    torch.testing.assert_close(ours, expected.detach())
+    torch.testing.assert_close(work.to(logits.dtype), logits.grad,
+                               **{} if exact else {"atol": 1e-2, "rtol": 1e-2})
 
 
 def chunk_of(monkeypatch, rows, dtype):
     """Makes the head loss hold so many rows of logits of this type at once."""
     size = rows * 128 * dtype.itemsize  # V, filled up to a multiple of 64
     monkeypatch.setattr(common, "CHUNK_BYTES", {"cpu": size, "cuda": size})
-
-
-def chunks_of(hidden, weight):
-    """How many rows each chunk of logits has."""
-    with torch.no_grad():
-        return [len(logits) for _, logits in common.logit_chunks(hidden, weight)]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
@@ -379,179 +385,48 @@ def test_head_loss_passes_gradcheck_whatever_the_chunk(monkeypatch, chunk, cap):
             inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
             with torch.enable_grad():
                 return torch.autograd.grad(loss(*inputs), inputs, upstream)
-    assert len(chunks_of(hidden, weight)) == {1: 5, 3: 2, 1000: 1}[chunk]
+    with torch.no_grad():
+        parts = list(common.logit_chunks(hidden, weight))
+    assert len(parts) == {1: 5, 3: 2, 1000: 1}[chunk]
     assert torch.autograd.gradcheck(Afresh.apply, (hidden, weight))
 
 
-def same_gradient_as_plain_autograd(model, **tolerance):
-    """The fused loss and all its gradients against the model's own logits under autograd."""
-    micro = common.collate(examples())
-    ours = nll_of(model, micro)
+@pytest.mark.parametrize("tied", [False, True])
+def test_policy_gradient_equals_plain_autograd_to_1e_6(tied):
+    """And no position outside the responses reaches the kernel."""
+    model, rows, seen = tiny_model(tied=tied), examples() + [example([4, 5, 6], 3)], []
+
+    def watched_(logits, targets):
+        seen.extend(targets.tolist())
+        return mle_filter.masked_nll_(logits, targets)
+    micro = common.collate(rows)
+    ours = nll_of(model, micro, watched_)
     ours.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     theirs = plain_nll_of(model, micro)
     theirs.backward()
-    torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(grads[name], p.grad, **tolerance)
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-6, atol=1e-6)
+    assert seen == [t for e in rows for t in e.ids[e.mask].tolist()]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_policy_gradient_equals_plain_autograd(tied):
-    """With tied embeddings too, to 1e-6: but for the norms, which are float32, all is float64."""
-    same_gradient_as_plain_autograd(tiny_model(tied=tied), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_soft_capped_logits_are_served(monkeypatch, chunk):
-    """Gemma 2: cap tanh(logits / cap), with a cap so low that it bites."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    chunk_of(monkeypatch, chunk, torch.float64)
-    torch.manual_seed(0)
-    model = common.enable_packing(Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=5, initializer_range=0.3,
-        eos_token_id=0, final_logit_softcapping=1.5)).to(DEVICE).double().eval())
-    common.check_linear_head("model", model)
-    micro = common.collate(examples())
-    assert logits_of(model, micro).abs().max() > 0.8 * 1.5
-    same_gradient_as_plain_autograd(model, rtol=1e-5, atol=2e-6)  # the model's norms are float32
-    with torch.no_grad():
-        log_p = logits_of(model, micro)[micro.rows].div(0.7).log_softmax(-1)
-        ours = common.Policy(model, config()).log_probs(micro, 0.7).double()
-    torch.testing.assert_close(ours, log_p.gather(1, micro.targets[:, None])[:, 0], rtol=1e-5,
-                               atol=1e-5)
-
-
-class ScaledLinear(torch.nn.Linear):
-    """A head that is more than a product."""
-
-
-@pytest.mark.parametrize("claim, why", [
-    ("logit_scale", "not hidden states times head"), ("final_logit_softcapping", "not hidden"),
-    ("bias", "linear layer without a bias"), ("class", "linear layer without a bias")])
-def test_a_head_that_is_not_hidden_states_times_head_is_refused(claim, why):
+@pytest.mark.parametrize("claim", ["logit_scale", "final_logit_softcapping", "bias", "class"])
+def test_a_head_that_is_not_hidden_states_times_head_is_refused(claim):
     model = tiny_model(tied=False)
     common.check_linear_head("model", model)
     if claim == "bias":
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(V, dtype=torch.float64, device=DEVICE))
     elif claim == "class":
-        model.lm_head = ScaledLinear(D, V, bias=False)
+        model.lm_head.__class__ = type("ScaledLinear", (torch.nn.Linear,), {})
     else:
         setattr(model.config, claim, 0.5)  # this class neither scales nor caps
-    with pytest.raises(BadInput, match=why):
+    with pytest.raises(BadInput, match="not hidden states times head|linear layer without a bias"):
         common.check_linear_head("model", model)
 
 
-def test_second_backward_through_the_fused_loss_is_an_error():
-    loss = nll_of(tiny_model(), common.collate(examples()))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_micro_batch_without_response_tokens_gives_zero_loss_with_gradients():
-    model = tiny_model()
-    for micro in (common.collate([example([1, 2, 3], 3)]), common.micro_batch(examples(), [])):
-        loss = nll_of(model, micro)
-        loss.backward()
-        assert loss.item() == 0
-        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
-
-
-def test_positions_outside_the_response_never_reach_the_kernel():
-    seen, rows = [], examples() + [example([4, 5, 6], 3)]
-
-    def watched_(logits, targets):
-        seen.extend(targets.tolist())
-        return mle_filter.masked_nll_(logits, targets)
-    nll_of(tiny_model(), common.collate(rows), watched_)
-    assert seen == [t for e in rows for t in e.ids[e.mask].tolist()]
-
-
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
-def test_bfloat16_head_gradient_accumulates_in_float32(monkeypatch, weights):
-    """Over 100 chunks, with weights of either type under bfloat16 logits."""
-    torch.manual_seed(0)
-    hidden = torch.randn(300, D, device=DEVICE).bfloat16().requires_grad_()
-    weight = torch.randn(V, D, device=DEVICE).to(weights).requires_grad_()
-    targets, grads = torch.randint(0, V, (300,), device=DEVICE), []
-    for rows in (300, 3):
-        chunk_of(monkeypatch, rows, torch.bfloat16)
-        assert len(chunks_of(hidden, weight.bfloat16())) == 300 / rows
-        weight.grad = None
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            common.head_loss(mle_filter.masked_nll_, hidden, weight, targets).backward()
-        grads.append(weight.grad.float())
-    assert weight.grad.dtype == weights
-    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 5e-3
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("frozen", ["nothing", "head", "body"])
-def test_head_loss_serves_every_dtype_and_frozen_weights_at_one_row(dtype, frozen):
-    """N = 1, a vocabulary that is no multiple of 64, and no gradient for what needs none."""
-    torch.manual_seed(0)
-    hidden = torch.randn(1, D, device=DEVICE).to(dtype).requires_grad_(frozen != "body")
-    weight = torch.randn(V, D, device=DEVICE).to(dtype).requires_grad_(frozen != "head")
-    target = torch.tensor([5], device=DEVICE)
-    common.head_loss(mle_filter.masked_nll_, hidden, weight, target).backward()
-    wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
-    torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), target).backward()
-    for ours, theirs in zip((hidden, weight), wide):
-        assert (ours.grad is None) == (not ours.requires_grad)
-        if ours.requires_grad:
-            torch.testing.assert_close(ours.grad.float(), theirs.grad, rtol=2e-2, atol=3e-2)
-
-
-def test_without_a_cpp_compiler_the_kernels_run_uncompiled_with_one_warning(tmp_path):
-    done = Ranks("without_compiler", tmp_path).end()
-    assert done.status == [0], done.stderr
-    assert done.stdout.count("no C++ compiler") == 1
-
-
-def without_compiler(folder):
-    """Is a process."""
-    import torch._inductor.config
-    torch._inductor.config.cpp.cxx = ("/no/compiler",)
-    os.environ.update(TORCHINDUCTOR_CACHE_DIR=folder)
-    common.EAGER_BELOW = 0
-    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    for _ in range(2):
-        common.head_loss(mle_filter.masked_nll_, hidden, weight, torch.arange(3)).backward()
-
-
 # ------------------------------------------------------------------------------ batches and ranks
-
-
-def batches_of(rows, cfg, model=None):
-    """A run's optimiser steps over Examples, as a TrainingRun cuts them."""
-    run = mock.Mock(total=common.count_steps(len(rows), cfg), first=0, cfg=cfg, cost=Cost(),
-                    policy=common.Policy(model or tiny_model(), cfg))
-    return [batch for _, batch in common.TrainingRun.steps(run, rows)]
-
-
-@pytest.mark.parametrize("tokens, ranks", [(1, 1), (30, 1), (10**6, 2), (20, 3), (20, 9)])
-def test_gradient_does_not_depend_on_micro_batches_or_ranks(tokens, ranks, monkeypatch):
-    """Of RWR, the ranks' shares run one after the other and averaged as DDP does."""
-    weight = rwr.weigh(np.random.default_rng(1).normal(size=7), 0.25, 20.0)
-    rows, model = Examples(tokens_of(examples()), weight=weight), tiny_model()
-
-    def gradient(tokens, ranks):
-        cfg = config(rwr, micro_batch_tokens=tokens, batch_size=7, steps=1)
-        total = 0.0
-        for rank in range(ranks):
-            set_ranks(monkeypatch, rank, ranks)
-            batch, = batches_of(rows, cfg, model)
-            model.zero_grad()
-            for micro in batch.micros:
-                loss = common.Policy(model, cfg)(micro, rwr.weighted_nll_, micro.weight)
-                (loss / batch.normaliser).backward()
-            total = total + torch.cat([p.grad.flatten() for p in model.parameters()]) / ranks
-        return total
-    whole = gradient(10**6, 1)
-    assert (gradient(tokens, ranks) - whole).norm() < 1e-6 * whole.norm()  # norms are float32
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -559,56 +434,26 @@ def test_micro_batches_keep_to_the_token_budget_and_share_out_a_step(monkeypatch
     """A budget of what a forward holds; as many forwards on every rank, each sequence once."""
     lengths = [5, 90, 3, 40, 40, 7]
     for ranks in (1, 2, 7):
-        groups = []
+        shares = []
         for rank in range(ranks):
             set_ranks(monkeypatch, rank, ranks)
-            groups.append(common.shard_micro_batches(lengths, 80, padded))
-            for group in filter(None, groups[-1]):
-                held = [lengths[i] for i in group]
-                assert len(group) == 1 or (max(held) * len(held) if padded else sum(held)) <= 80
-        assert len(set(map(len, groups))) == 1
-        assert sorted(i for own in groups for group in own for i in group) == list(range(6))
-    assert common.group_by_token_budget([90, 40, 40, 7, 5, 3], 80, padded) == (
-        [[0], [1, 2], [3, 4, 5]]), "the fewest that the budget allows"
+            shares.append(common.shard_micro_batches(lengths, 80, padded))
+        assert len(set(map(len, shares))) == 1
+        groups = [group for share in shares for group in share if group]
+        assert sorted(sum(groups, [])) == list(range(6))
+        for held in ([lengths[i] for i in group] for group in groups):
+            assert len(held) == 1 or (max(held) * len(held) if padded else sum(held)) <= 80
+        assert ranks > 1 or len(groups) == 3, "the fewest that the budget allows"
 
 
 def test_order_of_the_data_comes_from_the_seed_alone():
-    def steps_of(first=0, seed=0):
-        return [(step, epoch, indices.tolist()) for step, epoch, indices in common.step_indices(
-            20, 8, seed, 6, first)]
-    steps = steps_of()
-    orders = [indices for _, _, indices in steps]
-    assert [len(s) for s in orders] == [8, 8, 4] * 2
-    assert [(step, epoch) for step, epoch, _ in steps] == list(zip(range(6), [0, 0, 0, 1, 1, 1]))
-    assert sorted(sum(orders[:3], [])) == list(range(20)) and orders[:3] != orders[3:]
-    assert steps[4:] == steps_of(first=4)
-    assert orders != [indices for _, _, indices in steps_of(seed=1)]
-
-
-def test_tokens_are_memory_maps_of_five_bytes_a_token(tmp_path):
-    """So a million samples fit: nothing of them is held but offsets."""
-    rows = examples(5) + [example([3, 4], 2)]
-    tokens = common.Tokens(tmp_path, lambda: (row[:2] for row in rows))
-    count = sum(len(e.ids) for e in rows)
-    assert (tmp_path / "ids").stat().st_size + (tmp_path / "mask").stat().st_size == 5 * count
-    for i, row in enumerate(rows):
-        assert tokens[i][0].tolist() == row.ids.tolist()
-        assert tokens[i][1].tolist() == row.mask.tolist()
-    assert isinstance(tokens.ids, np.memmap) and isinstance(tokens.mask, np.memmap)
-    assert not tokens[0][0].flags.owndata and not tokens.ids.flags.writeable, "a view, no copy"
-
-
-def test_the_rate_warms_up_from_the_first_step_on_and_ends_at_0():
-    for steps in (1, 2, 100):
-        optimizer, schedule = common.make_optimizer(torch.nn.Linear(2, 2), 1.0, steps)
-        rates = []
-        for _ in range(steps):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        assert 0 < rates[0] <= 1 and max(rates) == 1
-        assert steps == 1 or optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    def orders(first=0, seed=0):
+        steps = common.step_indices(20, 8, seed, 6, first)
+        return [(step, epoch, indices.tolist()) for step, epoch, indices in steps]
+    drawn = [indices for _, _, indices in orders()]
+    assert [len(indices) for indices in drawn] == [8, 8, 4] * 2
+    assert sorted(sum(drawn[:3], [])) == list(range(20)) and drawn[:3] != drawn[3:]
+    assert orders()[4:] == orders(first=4) and orders() != orders(seed=1)
 
 
 # ----------------------------------------------------------------------------- gradients of ranks
@@ -617,41 +462,38 @@ UNEVEN = [*examples(6), example([5, 6, 7], 3)]  # the last has no response token
 CASES = [(name, sharding, tokens, rows) for name in (*KERNELS, "ppo_baseline", "reward_model")
          for sharding in ("ddp", "fsdp", "fsdp, recomputed")
          for tokens, rows in ((10**6, 7), (20, 7), (10**6, 3))]
-CASES += [("vision", sharding, 20, 7) for sharding in ("ddp", "fsdp")]
+CASES += [("vision", sharding, 10**6, 7) for sharding in ("ddp", "fsdp")]
 
 
 def step_gradient(folder, name, sharding, tokens, rows):
-    """The gradient of one optimiser step of an algorithm, over all ranks, in float32, whole on
-    every rank."""
-    module = {"ppo_baseline": ppo_baseline}.get(name, common)
-    cfg = config(module, micro_batch_tokens=tokens, batch_size=rows, steps=1, dtype="fp32",
-                 sharding=sharding.split(",")[0], gradient_checkpointing="recomputed" in sharding)
+    """The gradient of one optimiser step of an algorithm, over all ranks, whole on every rank."""
+    cfg = config(ppo_baseline if name == "ppo_baseline" else common, micro_batch_tokens=tokens,
+                 batch_size=rows, sharding=sharding.split(",")[0],
+                 gradient_checkpointing="recomputed" in sharding)
     policy = str(folder / ("vision" if name == "vision" else "policy"))
-    load_rewards = functools.partial(reward_model.load_classifier, str(folder / "rewards"),
-                                     torch.float32)
-    if name == "reward_model":
-        model = common.load_for_training(load_rewards, cfg)
-        module = common.wrap_for_ranks(reward_model.RewardModel(model, torch.float32), cfg)
-        pairs = [ids for i, e in enumerate(UNEVEN[-rows:])
-                 for ids in (e.ids, np.append(e.ids[:3], [4] * i))]
-        read = common.Tokens(folder / "tokens", lambda: ((ids, ids > 0) for ids in pairs))
-        micros = reward_model.micro_batches(read, np.arange(rows), model, cfg)
-    elif name == "ppo_baseline":
+    examples = [e._replace(weight=1.0 + i * (name == "rwr")) for i, e in enumerate(UNEVEN[-rows:])]
+    if name in ("ppo_baseline", "reward_model"):
+        classifier = common.load_for_training(functools.partial(
+            reward_model.load_classifier, str(folder / "rewards"), torch.float32), cfg)
+        module = critic = reward_model.RewardModel(classifier, torch.float32)
+    if name == "ppo_baseline":
         model = common.load_for_training(functools.partial(common.load_model, policy), cfg)
-        critic = common.load_for_training(load_rewards, cfg)
-        actor = ppo_baseline.ActorCritic(model, reward_model.RewardModel(critic, torch.float32),
-                                         1.0, 1.0, cfg)
+        actor = ppo_baseline.ActorCritic(model, critic, 1.0, 1.0, cfg)
         module = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
         rollout, old, base, _, z = rollout_of(range(2, 2 + rows))
-        values = common.each_response_token(actor.values, critic, rollout, cfg, Cost())
-        trained, _ = ppo_baseline.prepare(rollout, old, base, values, z, cfg)
-        batch = common.Batch(trained, cfg, padded=False)
-        micros = batch.micros
+        values = common.each_response_token(actor.values, classifier, rollout, cfg, Cost())
+        examples, _ = ppo_baseline.prepare(rollout, old, base, values, z, cfg)
+    elif name == "reward_model":
+        module = common.wrap_for_ranks(module, cfg)
+        ids = [ids for i, e in enumerate(UNEVEN[-rows:])
+               for ids in (e.ids, np.append(e.ids[:3], [4] * i))]
+        read = common.Tokens(folder / "tokens", lambda: ((row, row > 0) for row in ids))
     else:
         module = common.load_policy(policy, cfg)
-        batch = common.Batch([e._replace(weight=1.0 + i * (name == "rwr"))
-                              for i, e in enumerate(UNEVEN[-rows:])], cfg, padded=False)
-        micros = batch.micros
+    batch = common.Batch(examples, cfg, padded=False)
+    micros = batch.micros
+    if name == "reward_model":
+        micros = reward_model.micro_batches(read, np.arange(rows), classifier, cfg)
     for micro in micros:
         module.require_backward_grad_sync = micro is micros[-1]
         if name == "reward_model":
@@ -662,31 +504,17 @@ def step_gradient(folder, name, sharding, tokens, rows):
             loss = (surrogate + 0.1 * value_loss) / batch.normaliser
         else:
             weight = [micro.weight] if name == "rwr" else []
-            loss = module(micro, KERNELS.get(name, KERNELS["dt"])[0], *weight) / batch.normaliser
+            loss = module(micro, KERNELS.get(name, dt.masked_nll_), *weight) / batch.normaliser
         loss.backward()
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten()
                       for g in grads])
 
 
-def training_bytes(folder, sharding):
-    """Of a policy's weights, gradients and Adam's moments, the ranks' together."""
-    policy = common.load_policy(str(folder / "policy"), config(sharding=sharding, dtype="fp32"))
-    optimizer, _ = common.make_optimizer(policy, 1.0, 1)
-    for p in policy.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    held = [t.to_local() if hasattr(t, "to_local") else t for p in policy.parameters()
-            for t in (p, p.grad, *optimizer.state[p].values()) if t.dim()]
-    return torch.tensor(common.sum_over_ranks(sum(t.numel() * t.element_size() for t in held))[0])
-
-
 def measure_gradients(folder):
     """Is what each rank of the next two tests does."""
     def main(cfg):
         found = {str(case): step_gradient(Path(folder), *case) for case in CASES}
-        found |= {f"bytes, {sharding}": training_bytes(Path(folder), sharding)
-                  for sharding in ("ddp", "fsdp")}
         if common.rank() == 0:
             torch.save(found, Path(folder) / f"{common.world_size()}.pt")
     common.launch(main, common.Config, ["--out", folder])
@@ -715,19 +543,11 @@ def make_gradients(folder):
 def test_gradient_is_the_same_under_real_ranks(gradients, ranks):
     """Of every algorithm, DDP or FSDP2, whatever the micro-batches, also with fewer sequences
     than ranks, and of a model whose vision tower gets no gradient."""
-    for case in map(str, CASES):
-        gradient = gradients[1][case]
-        assert gradient.norm() > 0
-        assert (gradients[ranks][case] - gradient).norm() < 1e-5 * gradient.norm(), case
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_training_holds_16_bytes_a_weight_on_each_rank_and_a_share_of_them_under_fsdp(gradients,
-                                                                                      ranks):
-    """The README's budget: float32 weights, gradients and two moments."""
-    weights = sum(p.numel() for p in tiny_model().parameters())
-    assert gradients[ranks]["bytes, ddp"] == 16 * weights * ranks
-    assert gradients[ranks]["bytes, fsdp"] == 16 * weights
+    for name, sharding, tokens, rows in CASES:
+        whole = gradients[1][str((name, "ddp", 10**6, rows))]
+        case = str((name, sharding, tokens, rows))
+        assert whole.norm() > 0
+        assert (gradients[ranks][case] - whole).norm() < 1e-5 * whole.norm(), case
 
 
 # -------------------------------------------------------------------------------------------- PPO
@@ -739,13 +559,6 @@ def rollout_of(lengths=(5, 1, 8, 3), seed=0):
     rows = [example(rng.integers(1, V, 3 + n), 3) for n in lengths]
     old, base, values = ([rng.normal(size=n).tolist() for n in lengths] for _ in range(3))
     return rows, old, base, values, rng.normal(size=len(rows))
-
-
-def surrogate_kernel(temperature=1.0, statistics=None):
-    """PPO's kernel with a clip of 0.2."""
-    statistics = torch.zeros(3, device=DEVICE) if statistics is None else statistics
-    return functools.partial(ppo_baseline.clipped_surrogate_, temperature=temperature, clip=0.2,
-                             statistics=statistics)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.95, 1.0])
@@ -762,11 +575,11 @@ def test_ppo_advantages_equal_a_naive_sum_over_ragged_responses(gae_lambda):
         assert not row[n:].any()
 
 
-def test_ppo_score_enters_at_the_last_token_and_kl_to_base_is_paid_at_every_one():
+def test_ppo_scores_the_last_token_pays_kl_at_every_one_and_whitens_over_all():
     rollout, old, base, values, score = rollout_of()
     zeros = [[0.0] * len(v) for v in values]
     rows, said = ppo_baseline.prepare(rollout, old, old, zeros, score,
-                                      config(ppo_baseline, gae_lambda=0.0, kl_coef=0.1))
+                                      config(ppo_baseline, gae_lambda=0.0))
     for e, s in zip(rows, score):  # returns, one step ahead
         np.testing.assert_allclose(e.columns[3], [0.0] * (int(e.mask.sum()) - 1) + [s])
     assert said["kl"] == 0 and said["objective"] == pytest.approx(score.mean())
@@ -775,56 +588,8 @@ def test_ppo_score_enters_at_the_last_token_and_kl_to_base_is_paid_at_every_one(
     for e, o, b, s in zip(rows, old, base, score):  # the first token's return
         np.testing.assert_allclose(e.columns[3][0], s - 0.1 * (sum(o) - sum(b)))
     assert said["objective"] == pytest.approx(score.mean() - 0.1 * said["kl"])
-
-
-def test_ppo_advantages_are_whitened_over_all_tokens_whatever_the_padding():
-    rows, _ = ppo_baseline.prepare(*rollout_of(), config(ppo_baseline))
     white = np.concatenate([e.columns[1] for e in rows])
     assert abs(white.mean()) < 1e-9 and abs(white.std() - 1) < 1e-6
-    x = torch.randn(3, 5)
-    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]).bool()
-    wide, wide_mask = (torch.nn.functional.pad(t, (0, 7)) for t in (x, mask))
-    torch.testing.assert_close(ppo_baseline.whiten(wide, wide_mask)[:, :5],
-                               ppo_baseline.whiten(x, mask))
-
-
-def plain_surrogate(logits, targets, old, advantage, temperature, clip):
-    """Each row's PPO loss, its (log-ratio)^2 / 2, whether the clip bites, and its entropy, by
-    autograd's own means."""
-    distribution = torch.distributions.Categorical(logits=logits / temperature)
-    log_ratio = distribution.log_prob(targets) - old
-    plain = -advantage * log_ratio.exp()
-    clipped = -advantage * log_ratio.exp().clamp(1 - clip, 1 + clip)
-    return (torch.maximum(plain, clipped), log_ratio.square() / 2,
-            (clipped > plain).to(logits.dtype), distribution.entropy())
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("rows", [40, 1])
-def test_ppo_kernel_equals_float64_autograd_in_gradient_and_statistics(rows, temperature):
-    torch.manual_seed(rows)
-    logits = torch.randn(rows, V, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    targets = torch.randint(0, V, (rows,), device=DEVICE)
-    advantage, noise = torch.randn(2, rows, dtype=torch.float64, device=DEVICE)
-    log_p = (logits.detach() / temperature).log_softmax(1)
-    old = log_p.gather(1, targets[:, None]).squeeze(1) + 0.3 * noise
-    loss, *statistics = plain_surrogate(logits, targets, old, advantage, temperature, 0.2)
-    loss.sum().backward()
-    work, sums = logits.detach().clone(), torch.zeros(3, dtype=torch.float64, device=DEVICE)
-    ours = surrogate_kernel(temperature, sums)(work, targets, old, advantage)
-    torch.testing.assert_close(ours, loss.detach())
-    torch.testing.assert_close(work, logits.grad)
-    torch.testing.assert_close(sums, torch.stack([s.sum().detach() for s in statistics]))
-    if rows == 40:
-        assert 0 < sums[1] < rows  # the clip bites in some rows and not in others
-    low = logits.detach().bfloat16()
-    wide = low.float().requires_grad_()
-    loss, *_ = plain_surrogate(wide, targets, old.float(), advantage.float(), temperature, 0.2)
-    loss.sum().backward()
-    ours = surrogate_kernel(temperature)(low, targets, old.float(), advantage.float())
-    assert ours.dtype == torch.float32, "of bfloat16 logits too"
-    torch.testing.assert_close(ours, loss.detach())
-    torch.testing.assert_close(low.float(), wide.grad, atol=1e-2, rtol=1e-2)
 
 
 def test_ppo_value_never_gains_from_leaving_the_old_value_far():
@@ -835,29 +600,24 @@ def test_ppo_value_never_gains_from_leaving_the_old_value_far():
     assert value.grad[2] == 0 and (value.grad[[0, 1, 3]] < 0).all()
 
 
-def actor_critic(cfg):
-    """A tiny policy with a critic of random weights, and its frozen base."""
-    from transformers import LlamaForSequenceClassification
-    model, base = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
-    shape = model.config.__class__(**{**model.config.to_dict(), "num_labels": 1})
-    critic = common.enable_packing(LlamaForSequenceClassification(shape).to(DEVICE).eval())
-    critic = reward_model.RewardModel(critic, torch.float32)
-    return ppo_baseline.ActorCritic(model, critic, 1.0, 1.0, cfg), base
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_ppo_first_ratio_is_one_and_kl_of_the_untouched_policy_zero(temperature):
     """Rollout (with a cache), reference and update agree about every token's log-prob."""
+    from transformers import LlamaForSequenceClassification
     cfg = config(ppo_baseline, temperature=temperature, max_response_tokens=12)
-    actor, base = actor_critic(cfg)
+    model, base = tiny_model(dtype=torch.float32), tiny_model(dtype=torch.float32)
+    shape = model.config.__class__(**{**model.config.to_dict(), "num_labels": 1})
+    critic = common.enable_packing(LlamaForSequenceClassification(shape).to(DEVICE).eval())
+    actor = ppo_baseline.ActorCritic(model, reward_model.RewardModel(critic, torch.float32), 1.0,
+                                     1.0, cfg)
     codec = mock.Mock(decode=lambda response: " ".join(map(str, response.ids)), stop_ids=[0])
     prompts = [e.ids.tolist() for e in examples(9)]
     _, _, rollout = ppo_baseline.roll_out(actor, codec, prompts, cfg, 1, Cost())
-    old, reference = (log_probs_of(model, rollout, cfg) for model in (actor.model, base))
-    values = common.each_response_token(actor.values, actor.critic.model, rollout, cfg, Cost())
+    old, reference = (log_probs_of(each, rollout, cfg) for each in (model, base))
+    values = common.each_response_token(actor.values, critic, rollout, cfg, Cost())
     rows, said = ppo_baseline.prepare(rollout, old, reference, values, np.ones(9), cfg)
     assert abs(said["kl"]) < 1e-4
-    again = common.sample(actor.model, prompts, cfg, 1, [0], Cost(), temperature)
+    again = common.sample(model, prompts, cfg, 1, [0], Cost(), temperature)
     for response, log_probs in zip(again, old):  # the sampler's, too
         np.testing.assert_allclose(response.log_probs, log_probs, atol=1e-4)
     statistics, micro = torch.zeros(3, device=DEVICE), common.collate(rows)
@@ -866,22 +626,6 @@ def test_ppo_first_ratio_is_one_and_kl_of_the_untouched_policy_zero(temperature)
     assert abs(surrogate) < 1e-3  # whitened advantages sum to 0
     gap = np.concatenate([e.columns[3] - e.columns[2] for e in rows])  # return - value
     assert float(value_loss) == pytest.approx((gap**2).sum() / 2, rel=1e-4, abs=1e-5)
-
-
-@pytest.mark.parametrize("bad", [0, 1, 4])
-def test_ppo_iteration_counts_as_skipped_only_where_none_of_its_updates_is_finite(bad):
-    cfg = config(ppo_baseline, batch_size=2, ppo_epochs=1)
-    actor, _ = actor_critic(cfg)
-    rows, _ = ppo_baseline.prepare(*rollout_of(), cfg)
-    rows = [e._replace(columns=(e.columns[0], e.columns[1] * (math.nan if i < bad else 1),
-                                *e.columns[2:]))
-            for i, e in enumerate(rows)]  # one of four rows spoils one of two batches
-    optimizer, schedule = ppo_baseline.make_optimizer(actor, cfg, 1)
-    before = [p.detach().clone() for p in actor.parameters()]
-    said = ppo_baseline.update(actor, actor, optimizer, schedule, rows, cfg, 0, Cost())
-    moved = any(not torch.equal(p, q) for p, q in zip(actor.parameters(), before))
-    assert moved == math.isfinite(said["grad_norm"]) == (bad < 4)
-    assert all(p.isfinite().all() for p in actor.parameters())
 
 
 def road(run, out, *more):
@@ -901,10 +645,8 @@ def test_ppo_runs_logs_and_never_pays_a_cut_off_response_more_than_the_penalty(r
                                  "--rollout_batch_size", "8", "--batch_size", "4",
                                  "--missing_eos_score", "-9"))
     lines = lines_of(tmp_path / "ppo" / "metrics.jsonl")
-    assert {"step", "score", "objective", "kl", "eos_rate", "clip_fraction", "approx_kl",
-            "explained_variance", "entropy", "response_tokens", "rollout_tokens_per_second",
-            "loss", "value_loss", "lr", "grad_norm", "tokens", "seconds", "flops", "rollout_s",
-            "score_s", "log_probs_s", "update_s", "generation_share"} <= set(lines[0])
+    assert {"objective", "clip_fraction", "approx_kl", "explained_variance", "entropy",
+            "value_loss", "grad_norm", "rollout_s", "generation_share"} <= set(lines[0])
     assert len(lines) == 2 and lines[0]["score"] == -9 and lines[0]["eos_rate"] == 0
     assert abs(lines[0]["kl"]) < 1e-4
 
@@ -952,29 +694,25 @@ def test_rwr_takes_the_samples_own_weights_where_asked(codec):
 def test_dt_writes_the_same_tag_in_training_and_in_sampling_and_learns_the_response_alone(codec):
     samples, cfg = samples_of(codec, [0, 1, 2, 3]), config(dt, condition_dropout=0.0, guidance=[])
     trained = dt.prepare(samples, codec, cfg)
-    variants = [dt.ask_for(f"{z}", samples, codec, cfg) for z in samples.z(samples.rewards)]
-    asked = [codec.prompt(f"Human: {i}") + variants[i].tag_ids for i in range(4)]
-    rows = [trained.example(i) for i in range(4)]
-    assert [e.ids[~e.mask].tolist() for e in rows] == asked
-    assert codec.tokenizer.decode(asked[0]) == "Human: 0 1", "-1.34 is -3 half steps, 4 the mean"
-    assert codec.tokenizer.decode(common.collate(rows[:1]).targets) == (
-        " reply 0" + codec.tokenizer.eos_token)
+    for i, z in enumerate(samples.z(samples.rewards)):
+        ids, mask, *_ = trained.example(i)
+        assert ids[~mask].tolist() == (
+            codec.prompt(f"Human: {i}") + dt.ask_for(f"{z}", samples, codec, cfg).tag_ids)
+    ids, mask, *_ = trained.example(0)
+    assert codec.tokenizer.decode(ids[~mask]) == "Human: 0 1", "-1.34 is -3 half steps, 4 the mean"
+    assert codec.tokenizer.decode(ids[mask]) == " reply 0" + codec.tokenizer.eos_token
 
 
 def test_dt_rounds_the_reward():
     for format, rewards, tags in (
-            ("decimal", (1.519, -0.001, 5.0),
-             [" <rm_score>: 1.52 ", " <rm_score>: 0.00 ", " <rm_score>: 5.00 "]),
+            ("decimal", (1.519, -0.001), [" <rm_score>: 1.52 ", " <rm_score>: 0.00 "]),
             ("digit", (-9, -0.2, 0.3, 9), [" 0", " 4", " 5", " 9"]),
             ("word", (-9, -0.5, 0, 0.5, 9),
              [" terrible", " bad", " average", " good", " excellent"])):
-        cfg = config(dt, reward_format=format)
-        assert [dt.reward_tag(reward, cfg) for reward in rewards] == tags
+        assert [dt.reward_tag(z, config(dt, reward_format=format)) for z in rewards] == tags
     samples = Samples(None, np.linspace(-2, 2, 101), None, None)
-    codec = mock.Mock(continuation=len)
-    targets = [dt.ask_for(t, samples, codec, cfg).target for t in ("q95", "-1.5")]
+    targets = [dt.ask_for(t, samples, mock.Mock(), config(dt)).target for t in ("q95", "-1.5")]
     assert targets == pytest.approx([1.8 / samples.rewards.std(), -1.5])
-
 
 
 def test_dt_drops_the_tag_from_the_asked_share_anew_each_epoch(codec):
@@ -989,19 +727,13 @@ def test_dt_drops_the_tag_from_the_asked_share_anew_each_epoch(codec):
 
 def test_dt_emphasis_draws_samples_in_proportion_to_their_distance_from_the_mean(codec):
     """From seed and epoch alone, as many as there are: the same after a resume."""
-    samples, cfg = samples_of(codec, [-1] * 9 + [0] * 81 + [1] * 10), config(dt, emphasis=2.0)
-    rows = dt.prepare(samples, codec, cfg)
-    drawn = [np.concatenate([rows.draw(epoch) for epoch in range(start, start + 20)])
-             for start in (0, 0, 20)]
-    assert len(rows.draw(0)) == 100 and (drawn[0] == drawn[1]).all()
-    assert (drawn[0] != drawn[2]).any()
-    z = np.abs(samples.z(samples.rewards)) ** 2
-    ends = np.isin(drawn[0], np.r_[0:9, 90:100]).mean()
-    assert ends == pytest.approx((z[:9].sum() + z[90:].sum()) / z.sum(), abs=0.02) and ends > 0.9
-    batches = batches_of(rows, config(dt, batch_size=100, steps=1, condition_dropout=0.0))
-    order = next(common.step_indices(100, 100, 0, 1))[2]
-    expected = [len(rows.example(i).ids) for i in rows.draw(0)[order]]
-    assert sorted(n for micro in batches[0].micros for n in micro.lengths) == sorted(expected)
+    samples = samples_of(codec, [-1] * 9 + [0] * 81 + [1] * 10)
+    rows = dt.prepare(samples, codec, config(dt, emphasis=2.0))
+    drawn = np.array([rows.draw(epoch) for epoch in range(20)])                     # (20, 100)
+    assert (drawn[3] == rows.draw(3)).all() and (drawn[3] != drawn[4]).any()
+    chance = samples.z(samples.rewards) ** 2 / 100
+    assert np.isin(drawn, np.r_[0:9, 90:100]).mean() == pytest.approx(
+        chance[[*range(9), *range(90, 100)]].sum(), abs=0.02)
     assert dt.prepare(samples, codec, config(dt, emphasis=0.0)).draw is None, "each once"
 
 
@@ -1024,39 +756,33 @@ def test_rewards_that_are_all_alike_are_refused_and_the_share_of_each_tag_is_sai
         with pytest.raises(BadInput, match="nothing to tell responses apart"):
             mle_filter.prepare(samples_of(codec, rewards), config(mle_filter))
     dt.prepare(samples_of(codec, [0, 1, 2, 3]), codec, config(dt))
-    assert "4 reward tags; share of the samples: 1 25%, 3 25%, 5 25%, 7 25%" in capsys.readouterr().out
+    assert "4 reward tags; share of the samples: 1 25%, 3 25%," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", [mle_filter, rwr, dt], ids=lambda m: m.__name__)
-def test_a_run_of_one_step_moves_all_weights_and_steps_that_are_not_finite_none(
-        module, run, codec, tmp_path, monkeypatch):
-    """The whole of train(); what it saves loads again.  Several such steps end the run."""
-    cfg = config(module, steps=1, batch_size=4, save_every=0, out=str(tmp_path))
-    base, cost = Stage(str(run[0] / "base"), {}), Cost()
-    module.train(cfg, base, samples_of(codec, range(8)), tmp_path, cost)
-    line, = lines_of(tmp_path / "metrics.jsonl")
-    assert line["lr"] > 0 and line["grad_norm"] > 0 and cost.flops > 0
+def test_one_step_moves_all_weights_and_one_that_is_not_finite_none(module, run, codec, tmp_path,
+                                                                    monkeypatch):
+    """By the whole of train(); what it saves loads again.  Several such steps end the run."""
+    def train(folder, steps):
+        cfg = config(module, steps=steps, batch_size=4, save_every=0, out=str(tmp_path))
+        (tmp_path / folder).mkdir()
+        module.train(cfg, base, samples_of(codec, range(8)), tmp_path / folder, Cost())
+    base = Stage(str(run[0] / "base"), {})
+    train("good", 1)
     before, after = (common.load_model(str(folder)).state_dict()
-                     for folder in (base.path, tmp_path))
+                     for folder in (base.path, tmp_path / "good"))
     assert before.keys() == after.keys()
     assert all((before[name] != after[name]).any() for name in before)
     clip, step, steps = torch.nn.utils.clip_grad_norm_, torch.optim.AdamW.step, []
-
-    def clip_some(parameters, most):
-        return clip(parameters, most) * (1 if len(steps) < 2 else math.nan)
-
-    def counted(self, *args, **more):
-        steps.append(1)
-        return step(self, *args, **more)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_some)
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
-    cfg = config(module, steps=20, batch_size=4, save_every=0, out=str(tmp_path))
-    (tmp_path / "bad").mkdir()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: clip(
+        parameters, most) * (1 if len(steps) < 2 else math.nan))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (
+        steps.append(1), step(self, *args)))
     with pytest.raises(BadInput, match="5 steps in a row, the last of them step 6"):
-        module.train(cfg, base, samples_of(codec, range(8)), tmp_path / "bad", Cost())
+        train("bad", 20)
     assert len(steps) == 2 and not (tmp_path / "bad" / "model.safetensors").exists()
-    lines = lines_of(tmp_path / "bad" / "metrics.jsonl")
-    assert [line["grad_norm"] is None for line in lines] == [False] * 2 + [True] * 5
+    norms = [line["grad_norm"] for line in lines_of(tmp_path / "bad" / "metrics.jsonl")]
+    assert [norm is None for norm in norms] == [False] * 2 + [True] * 5
 
 
 # ------------------------------------------------------------------------------ tokenizers, turns
@@ -1197,16 +923,13 @@ def test_tiktoken_encodes_hard_text_as_the_tokenizer_does(kind):
     lacking = byte_level(kind=kind)
     lacking._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
     rng = np.random.default_rng(0)
-    pieces = ["  ", "\n", "\r\n", "1", "23", "é", "\U0001f469‍\U0001f467", "don't", "<|im_end|>",
-              "x", "\t", "東", "…", " the", "½", "\u00a0", " soubor", " hukukhukuk"]
-    texts = ["".join(rng.choice(pieces, 30)) for _ in range(200)] + [common.HARD_TEXT, " soubor"]
+    pieces = ["  ", "\n", "\r\n", "1", "23", "é", "\U0001f469‍\U0001f467", "don't", "x", "\t",
+              "<|im_end|>", "東", "…", " the", "½", "\u00a0", " soubor", " hukukhukuk"]
+    texts = ["".join(rng.choice(pieces, 30)) for _ in range(200)] + ["a\x04b", " soubor"]
     for each in (tokenizer, lacking):
         encode = common.text_encoder(each)
         assert "tiktoken_encoder" in encode.__qualname__, "tiktoken should serve this kind"
         assert [encode(t) for t in texts] == each(texts, add_special_tokens=False)["input_ids"]
-        assert encode("a\x04b") == each("a\x04b", add_special_tokens=False)["input_ids"]
-    assert all(tokenizer.decode(tokenizer.encode(t)) == t for t in texts)
-    assert tokenizer.convert_tokens_to_ids("Ġsoubor") in common.text_encoder(tokenizer)(" soubor")
 
 
 def test_boundary_between_text_prompt_and_response_is_exact(codec):
@@ -1247,8 +970,7 @@ def test_a_turn_is_what_the_template_renders_from_its_header_to_its_end(tmp_path
     ids, mask = codec.sample(Sample(CHAT, REPLY["content"]))
     assert ids.tolist() == whole[:last] and codec.prompt(CHAT) == before
     assert mask.tolist() == [i >= len(before) for i in range(last)]
-    scored = codec.scored(CHAT, REPLY["content"]).tolist()
-    assert scored == whole if template != "phi3" else scored[:last] == whole[:last]
+    assert codec.scored(CHAT, REPLY["content"]).tolist() == whole
     cut, _ = codec.sample(Sample(CHAT, REPLY["content"], truncated=True))
     assert cut.tolist() == whole[:len(cut)] and len(before) < len(cut) < last
     assert codec.scored(CHAT, REPLY["content"], truncated=True).tolist() == cut.tolist()
@@ -1392,34 +1114,15 @@ def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_pa
     assert ended != broken, "it reads the EOS"
 
 
-@pytest.mark.parametrize("template", ["llama3", "gemma", "chatml", "phi3", "qwen3", "inst"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_reward_models_read_chats_where_their_own_forward_does(tmp_path, template, padded):
-    from transformers import AutoModelForSequenceClassification
-    tokenizer = family(template, eos_token="<|im_end|>",
-                       pad_token="<|im_end|>" if padded else "<eos>")
-    folder = folder_of(tmp_path, tokenizer, "LlamaForSequenceClassification", num_labels=1)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    score = reward_model.load_scorer(ROOMY(), folder)
-    chats = [[*CHAT, {"role": "assistant", "content": "fish"}], [CHAT[0], REPLY]]
-    ours = score([chat[:-1] for chat in chats], [chat[-1]["content"] for chat in chats],
-                 [False, False], Cost())
-    for chat, value in zip(chats, ours):
-        inputs = tokenizer.apply_chat_template(chat, return_dict=True, return_tensors="pt")
-        with torch.no_grad():
-            assert value == pytest.approx(model(**inputs).logits.item(), abs=1e-4)
-
-
 @pytest.mark.parametrize("right, warned", [(26, True), (36, False)])
 def test_a_reward_model_that_learnt_nothing_says_so_and_ties_count_half(capsys, right, warned):
     """Of 50 held-out pairs 26 right ones are chance, 36 are not."""
     pairs = [Preference(f"question {i}", "a", "b") for i in range(50)]
     scores = [float(i < right) for i in range(50)] + [float(i >= right) for i in range(50)]
-    assert reward_model.report(pairs, lambda *_: scores)["accuracy"] == pytest.approx(right / 50)
+    report = reward_model.report(pairs, lambda *_: scores)
+    assert report["accuracy"] == pytest.approx(right / 50)
     assert ("not clearly better than chance" in capsys.readouterr().out) == warned
     assert reward_model.report(pairs, lambda *_: [1.0] * 100)["accuracy"] == 0.5
-    loss = reward_model.bradley_terry(torch.zeros(3), torch.zeros(3))
-    torch.testing.assert_close(loss, torch.full((3,), math.log(2)))
 
 
 # ---------------------------------------------------------------------------------------- sampler
@@ -1478,26 +1181,6 @@ def test_texts_are_the_same_whatever_the_slots_and_those_of_generate(case, build
         assert all(r.truncated == (case == "one token" and r.ids != [0]) for r in runs[0])
 
 
-def test_a_prompt_that_comes_several_times_is_read_once_and_sampled_each_time(monkeypatch):
-    model, read, own = mistral(), [], common.hidden_states
-    several = [p for p in PROMPTS for _ in range(3)]
-
-    def watched(model, ids, lengths, *cache):
-        read.extend(lengths)
-        return own(model, ids, lengths, *cache)
-    monkeypatch.setattr(common, "hidden_states", watched)
-    costs = Cost(), Cost()
-    sampled(model, most=1, cost=costs[0])
-    sampled(model, several, most=1, cost=costs[1])
-    assert sorted(read) == sorted(2 * [len(p) for p in PROMPTS])
-    weights = sum(p.numel() for p in model.parameters()) - V * D  # without the embedding
-    assert costs[0].flops == costs[1].flops == 2 * weights * sum(map(len, PROMPTS))
-    responses = sampled(model, several)
-    assert len({tuple(r.ids) for r in responses[:3]}) > 1
-    for i, response in enumerate(responses):
-        same_responses([response], sampled(model, [several[i]], seeds=[i]))
-
-
 def test_a_token_without_probability_is_never_drawn_and_others_by_their_own():
     log_p = torch.full((3, 700), -torch.inf, device=DEVICE)
     log_p[:, 300], log_p[:, 550] = math.log(0.25), math.log(0.75)
@@ -1508,31 +1191,6 @@ def test_a_token_without_probability_is_never_drawn_and_others_by_their_own():
     uniform = torch.from_numpy(np.random.default_rng(0).random(20000)).to(DEVICE)
     counts = torch.bincount(common.draw(log_p, uniform), minlength=4) / 20000
     torch.testing.assert_close(counts, log_p[0].exp(), atol=0.015, rtol=0)
-
-
-def test_a_rows_randomness_does_not_depend_on_its_batch_or_rank(monkeypatch):
-    model = PLAIN()
-    together = sampled(model)
-    assert together == sampled(model) != sampled(model, seed=4)
-    monkeypatch.setattr(common, "gather_by_index", lambda local, total: local)
-    for rank, ranks in [(0, 3), (1, 3), (2, 3), (4, 5)]:  # the last has nothing to do
-        set_ranks(monkeypatch, rank, ranks)
-        share = sampled(model)
-        assert sorted(share) == list(range(rank, 4, ranks))
-        same_responses([share[i] for i in share], [together[i] for i in share])
-
-
-def test_guidance_moves_away_from_the_unconditional():
-    model, other = PLAIN(), [[20, 21], [22], [23, 24, 25], [26]]
-    plain = sampled(model, temperature=0.0)
-    assert plain == sampled(model, temperature=0.0, unconditional=other, guidance=0.0)
-    guided = sampled(model, temperature=0.0, unconditional=other, guidance=3.0)
-    assert [r.ids for r in guided] != [r.ids for r in plain]
-    for p, u, r in zip(PROMPTS, other, guided):
-        for t, token in enumerate(r.ids):
-            a, b = (model(input_ids=torch.tensor([x + r.ids[:t]], device=DEVICE)).logits[0, -1]
-                    .log_softmax(-1) for x in (p, u))
-            assert token == (4 * a - 3 * b).argmax().item()
 
 
 # ---------------------------------------------------------------------- other people's models: zoo
@@ -1794,21 +1452,10 @@ def test_weights_that_are_missing_unknown_or_misshapen_are_named(tmp_path):
         Codec(folder_of(tmp_path / "small", byte_level(), rows=300), config())
     folder = folder_of(tmp_path / "short", byte_level(bos=True), max_position_embeddings=129)
     codec = Codec(folder, config())  # 64 + 64 and BOS
-    with pytest.raises(BadInput, match="reward tag may take 131"):
+    with pytest.raises(BadInput, match="reward tag may take 130"):
         codec.check_fits(" 7")
 
 
-@pytest.mark.parametrize("name", ["gemma3_multimodal", "gpt2", "llama"])
-def test_a_reward_model_takes_the_body_whatever_the_policys_head_is_called(name):
-    folder = zoo_model(name)[0]
-    codec = reward_model.padding_codec(folder, config())
-    made = reward_model.new_classifier(folder, codec, DEVICE)
-    assert made.config.get_text_config().pad_token_id == codec.tokenizer.pad_token_id
-    rm, ids = reward_model.RewardModel(made, torch.float32), torch.tensor([5, 6, 7, 8, 9])
-    score = rm(ids.to(DEVICE), [2, 3], torch.tensor([1, 4], device=DEVICE))
-    with torch.no_grad():
-        own = [made(input_ids=row[None].to(DEVICE)).logits.item() for row in ids.split([2, 3])]
-    assert score.tolist() == pytest.approx(own, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1859,16 +1506,16 @@ def test_every_shape_of_preferences_gives_the_same_pair(tmp_path, name, capsys):
 
 
 def test_every_shape_of_samples_is_read_and_other_columns_are_named(tmp_path, capsys):
-    path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "reward": "1e0", "extra": 1},
+    path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "extra": 1},
                  {"messages": [*CHAT, REPLY], "reward": 2, "weight": 0.5, "truncated": True},
                  {"messages": CHAT}, {"prompt": "p", "response": None, "reward": None},
-                 {**GOOD, "prompt": " "}, {**GOOD, "source": "vllm"})
+                 {**GOOD, "source": "vllm"})
     assert samples_in(path) == [
         Sample("p", "r", 1.0), Sample("p", "r", 1.0),
         Sample(CHAT, REPLY["content"], 2.0, 0.5, truncated=True), Sample(CHAT), Sample("p"),
         Sample("p", "r", 1.0, source="vllm")]
     said = capsys.readouterr().out
-    assert "6 of 7 rows used; left out: 1 with an empty prompt; columns not read: extra" in said
+    assert "6 of 6 rows used; columns not read: extra" in said
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -1889,53 +1536,45 @@ def test_columns_names_the_datas_own_columns_and_joins_them(tmp_path, kind, monk
         Sample(prompt, "A", i + 0.5) for i, prompt in enumerate(prompts)]
     assert pairs_in(path, "prompt=question+input", "chosen=answer", "rejected=worse") == [
         Preference(prompt, "A", "B") for prompt in prompts]
-    with pytest.raises(BadInput, match="has no reply; it has answer, input, question, score"):
+    with pytest.raises(BadInput, match="has no reply; it has answer, input, question, score, worse"):
         samples_in(path, "prompt=question", "response=reply")
     for wrong in ("prompt", "prompt=", "text=question"):
         with pytest.raises(BadInput, match="--columns takes ours=theirs"):
             common.column_names([wrong])
 
 
-BAD_ROWS = {
-    "huge": ('{"prompt": "p", "response": "r", "reward": 1' + "0" * 400 + "}", "2: .*'reward'"),
-    "not JSON": ('{"prompt": ', "2 or .*not JSON"), "a list": ([1], "2: not a JSON object"),
-    "UTF-8": (b'{"prompt": "\xff"}', "2 or .*UTF-8"), "deep": ("[" * 100000, "2 or .*not JSON"),
-    "no prompt": ({"response": "r"}, "2: the field 'prompt' is missing; it has response"),
-    "NaN": ('{"prompt": "p", "response": "r", "reward": NaN}', "2: .*'reward' must be a finite"),
-    "text": ({**GOOD, "reward": "one"}, "2: the field 'reward' must be a finite number, not 'one'"),
-    "response": ({**GOOD, "response": 3}, "2: the field 'response' must be text, not 3"),
-    "messages": ({**GOOD, "prompt": [1]}, "2: the field 'prompt' must be text or a list of"),
-    "two": ({**GOOD, "messages": CHAT}, "2: the field 'messages' stands beside"),
-    "weight": ({**GOOD, "weight": -1}, "2: the field 'weight' must not be below 0"),
-    "flag": ({**GOOD, "truncated": "maybe"}, "2: the field 'truncated' must be true or false"),
-    "reward": ({"prompt": "p", "reward": 1}, "2: the field 'reward' has no response beside it"),
-    "chosen": ({**PAIR, "chosen": 1}, "2: the field 'chosen' must be text or"),
-    "rejected": ({"prompt": "p", "chosen": "a"}, "2: the field 'rejected' is missing"),
-    "transcript": ({"chosen": "a", "rejected": "b"}, "2: .*must be transcripts")}
+BAD_ROWS = [
+    (GOOD, '{"prompt": ', "not JSON"), (GOOD, [1], "not a JSON object"),
+    (GOOD, b'{"prompt": "\xff"}', "UTF-8"), (GOOD, {"response": "r"}, "'prompt' is missing"),
+    (GOOD, '{"prompt": "p", "response": "r", "reward": NaN}', "'reward' must be a finite number"),
+    (GOOD, '{"prompt": "p", "response": "r", "reward": 1' + "0" * 400 + "}", "'reward' must be a"),
+    (GOOD, {**GOOD, "reward": "one"}, "'reward' must be a finite number, not 'one'"),
+    (GOOD, {**GOOD, "response": 3}, "'response' must be text, not 3"),
+    (GOOD, {**GOOD, "prompt": [1]}, "'prompt' must be text or a list of"),
+    (GOOD, {**GOOD, "messages": CHAT}, "'messages' stands beside 'response'"),
+    (GOOD, {**GOOD, "truncated": "maybe"}, "'truncated' must be true or false"),
+    (GOOD, {"prompt": "p", "reward": 1}, "'reward' has no response beside it"),
+    (PAIR, {**PAIR, "chosen": 1}, "'chosen' must be text or"),
+    (PAIR, {"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
+    (PAIR, {"chosen": "a", "rejected": "b"}, "must be transcripts")]
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows_are_named_by_file_line_and_field(tmp_path, name):
-    bad, message = BAD_ROWS[name]
-    pairs = name in ("chosen", "rejected", "transcript")
-    path = write(tmp_path / "s.jsonl", PAIR if pairs else GOOD, bad)
-    with pytest.raises(BadInput, match=r"s\.jsonl, line " + message) as problem:
-        (pairs_in if pairs else samples_in)(path)
+@pytest.mark.parametrize("good, bad, message", BAD_ROWS)
+def test_bad_rows_are_named_by_file_line_and_field(tmp_path, good, bad, message):
+    path = write(tmp_path / "s.jsonl", good, bad)
+    with pytest.raises(BadInput, match=r"s\.jsonl, line 2.*: .*" + message) as problem:
+        (pairs_in if good is PAIR else samples_in)(path)
     assert "\n" not in str(problem.value) and len(str(problem.value)) < 500
 
 
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
-    path = write(tmp_path / "p.jsonl.gz", *[{**PAIR, "chosen": os.urandom(40).hex()}
-                                            for _ in range(99)])
-    Path(path).write_bytes(Path(path).read_bytes()[:-200])
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    for source, why in ((path, "line .* not JSON"), ("data/none.parquet", "no such file"),
-                        (str(tmp_path / "none.jsonl"), "no such file")):
+    for name, why in (("none.jsonl", "no such file"), ("rows.parquet", "cannot read it")):
         with pytest.raises(BadInput, match=why):
-            pairs_in(source)
+            pairs_in(tmp_path / name)
     with mock.patch.dict(sys.modules, {"datasets": None}):
-        for source in (str(tmp_path / "rows.parquet"), "someone/something"):
-            with pytest.raises(BadInput, match="pip install datasets"):
+        for source in (tmp_path / "rows.parquet", "someone/something"):
+            with pytest.raises(BadInput, match="`datasets`"):
                 pairs_in(source)
 
 
@@ -1943,7 +1582,7 @@ def data_of(base, **flags):
     """What a run reads: data, and the rows that it labels."""
     cfg = config(rwr, **{"model": base, "held_out": 0.3, **flags})
     data = common.read_data(cfg, Stage(base, {}))
-    return data, list(common.rows_to_label(cfg, Codec(base, cfg), data))
+    return data, list(common.samples_to_label(cfg, Codec(base, cfg), data))
 
 
 @pytest.mark.parametrize("names", ["all.jsonl", "{}.jsonl", "{}/rows.jsonl", "data-{}.jsonl"])
@@ -1967,13 +1606,13 @@ def test_held_out_prompts_are_never_trained_on(tmp_path, base, names, capsys):
     assert held_out < hidden and any("new" in prompt for prompt in hidden)
     assert not hidden & set(data.prompts) and not hidden & {row.prompt for row in rows}
     assert len(rows) + len([p for p in hidden if p != "both"]) == 60
-    if names != "all.jsonl":
-        assert held_out == {f"test{i}" for i in range(20)} | {"both"}
     said = capsys.readouterr().out
     assert f"{len(rows)} of 60 rows used; left out: {60 - len(rows)} with held-out prompts" in said
     alone, rows = data_of(base, preferences=str(folder), samples_per_prompt=2)
     assert len(rows) == 2 * len(alone.preferences) + 2 * len(alone.prompts)
     assert not {row.prompt for row in rows} & set(alone.held_out_prompts)
+    by_name = {f"test{i}" for i in range(20)} | {"both"}
+    assert (set(alone.held_out_prompts) == by_name) == (names != "all.jsonl")
 
 
 def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_evaluated(tmp_path,
@@ -1982,8 +1621,11 @@ def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_eva
     with pytest.raises(BadInput, match="larger --held_out"):
         data_of(base, samples=path, held_out=1e-9)
     assert data_of(base, samples=path, held_out=1e-9, eval_prompts=0)[0].held_out_prompts == []
-    with pytest.raises(BadInput, match="no usable row"):
-        data_of(base, samples=write(path, {**GOOD, "prompt": "x" * 999}))
+    why = "0 of 2 rows used; left out: 1 with an empty prompt; left out: 1 with prompts longer"
+    with pytest.raises(BadInput, match=why):
+        data_of(base, samples=write(path, {**GOOD, "prompt": " "}, {**GOOD, "prompt": "x" * 999}))
+    with pytest.raises(BadInput, match="line 1.*has no reward: give --reward_model"):
+        data_of(base, samples=write(path, {"prompt": "p", "response": "r"}))
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -1992,10 +1634,10 @@ FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, 
          (rwr, "--w_max -1", "--w_max"), (dt, "--targt 1", "--targt"), (rwr, "--lr nan", "--lr"),
          (dt, "--target high", "--target"), (dt, "--condition_dropout 0", "--guidance"),
          (dt, "--emphasis -1", "--emphasis"), (dt, "--epochs 1 --steps 1", "--epochs"),
-         (rwr, "--judge m --eval_prompts 0", "--judge"), (dt, "--samples s.jsonl", "--samples"),
-         (dt, "--steps few", "--steps"), (rwr, "--model m", "--model needs data"),
+         (dt, "--samples s.jsonl", "--samples"),
+         (dt, "--steps few", "--steps"), (rwr, "--model m", "--model goes with"),
          (rwr, "--preferences p", "--model"), (dt, "--held_out 1", "--held_out"),
-         (dt, "--temperature -1", "temperature"), (dt, "--seed -1", "--seed"),
+         (dt, "--temperature -1", "--temperature"), (dt, "--seed -1", "--seed"),
          (dt, "--batch_size 0", "--batch_size"), (dt, "--max_prompt_tokens 0", "--max_prompt"),
          (dt, "--columns prompt", "--columns"), (ppo_baseline, "--clip 0", "--clip"),
          (ppo_baseline, "--batch_size 8 --rollout_batch_size 4", "--rollout_batch_size"),
@@ -2013,8 +1655,8 @@ def test_bad_flags_end_in_one_sentence_and_status_2(module, flags, word, capsys,
 
 def test_flags_come_from_a_file_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("lr: 0.5\nbatch_size: 3\ntarget: [q1, '2']\nper_prompt:\nsteps: 7\n".replace(
-        "per_prompt:\n", "judge:\ngradient_checkpointing: true\n"))
+    path.write_text("lr: 0.5\nbatch_size: 3\ntarget: [q1, '2']\nsteps: 7\njudge:\n"
+                    "gradient_checkpointing: true\n")
     cfg = common.parse(dt.Config, ["--config", str(path), "--batch_size", "4"])
     assert (cfg.lr, cfg.batch_size, cfg.target, cfg.steps) == (0.5, 4, ["q1", "2"], 7)
     assert cfg.gradient_checkpointing and cfg.judge is None and cfg.out == "runs/toy"
@@ -2037,7 +1679,8 @@ def test_bad_folders_end_in_one_sentence_and_status_2(tmp_path, base, capsys):
         said = launched(rwr, ["--model", base, *flags, flag, tmp_path / "no", "--out",
                               tmp_path / "run"], capsys, 2)
         assert "sequence classifier" in said and not list((tmp_path / "run").glob("[!.]*"))
-    with common.lock_run(tmp_path / "run"):
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         said = launched(rwr, ["--out", tmp_path / "run"], capsys, 2)
         assert "another run is at work there" in said
 
@@ -2077,7 +1720,7 @@ def small(base, tmp_path):
 
 def test_samples_of_all_three_kinds_are_answered_and_scored_in_their_order(small, tmp_path, capsys):
     """What the run leaves is complete, and a valid --samples itself."""
-    launched(mle_filter, small, capsys)
+    launched(mle_filter, [*small, "--eval_prompts", "16"], capsys)
     labelled = lines_of(tmp_path / "run" / "samples.jsonl")
     held_out = {row["prompt"] for row in lines_of(next((tmp_path / "run" / "evaluation").iterdir()))}
     expected = [row for row in lines_of(tmp_path / "rows.jsonl") if row["prompt"] not in held_out
@@ -2211,8 +1854,7 @@ def test_unfinished_work_and_what_no_run_made_are_refused_before_finished_work_i
     assert "samples.jsonl: exists, and no run made it" in said and lines_of(mine) == [GOOD]
     assert sorted(p.name for p in (tmp_path / "own").glob("[!.]*")) == ["samples.jsonl"]
     begun = out / ".samples.jsonl"
-    for name in ("samples.jsonl", "samples.json"):
-        (out / name).unlink()
+    (out / "samples.jsonl").unlink()
     write(begun, *[GOOD] * 3)
     (out / ".samples.json").write_text(json.dumps({"settings": {"temperature": 9}}))
     said = launched(mle_filter, small, capsys, 2)
@@ -2223,22 +1865,23 @@ def test_unfinished_work_and_what_no_run_made_are_refused_before_finished_work_i
 def test_labelling_goes_on_where_a_kill_left_it_bit_for_bit(small, tmp_path, monkeypatch, capsys):
     """Also after a torn last line."""
     monkeypatch.setattr(common, "LABELLED_TOGETHER", 8)
-    (tmp_path / "rewards.py").write_text(
-        "calls = []\ndef polite(prompts, responses):\n    calls.append(1)\n    if len(calls) == 4:"
-        "\n        raise KeyboardInterrupt\n    return [float(len(r)) for r in responses]\n")
-    said = launched(mle_filter, [*small, "--eval_prompts", "0"], capsys, 130)
-    assert "the same command resumes" in said
+    (tmp_path / "rewards.py").write_text("""
+import os
+def polite(prompts, responses):
+    if "prompt 25" in prompts and os.environ.pop("STOP", ""):
+        raise KeyboardInterrupt
+    return [len(response) + 0.5 for response in responses]
+""")
+    monkeypatch.setenv("STOP", "1")
+    flags = [*small, "--eval_prompts", "0"]
+    assert "the same command resumes" in launched(mle_filter, flags, capsys, 130)
     begun = tmp_path / "run" / ".samples.jsonl"
-    lines = begun.read_text().splitlines()
-    assert len(lines) == 24 and not (tmp_path / "run" / "samples.jsonl").exists()
+    done = len(lines_of(begun))
+    assert done % 8 == 0 < done and not (tmp_path / "run" / "samples.jsonl").exists()
     with open(begun, "a") as file:
-        file.write(lines[0] + '\n{"prompt": "half a li')
-    said = launched(mle_filter, [*small, "--eval_prompts", "0"], capsys)
-    assert "24 samples already labelled" in said
-    # the other folder's function is called nine times, and not interrupted
-    (tmp_path / "rewards.py").write_text((tmp_path / "rewards.py").read_text())
-    monkeypatch.setattr(common, "LABELLED_TOGETHER", 1000)
-    launched(mle_filter, [*small, "--eval_prompts", "0", "--out", tmp_path / "whole"], capsys)
+        file.write(begun.read_text().splitlines()[0] + '\n{"prompt": "half a li')
+    assert f"{done} samples already labelled" in launched(mle_filter, flags, capsys)
+    launched(mle_filter, [*flags, "--out", tmp_path / "whole"], capsys)
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (
         tmp_path / "whole" / "samples.jsonl").read_bytes()
 
@@ -2255,34 +1898,34 @@ def build(folder, lr, make=make_weights):
     common.build_stages(config(out=str(folder)), stage)
 
 
-def killed_at(folder, moment):
-    """Is a process: builds a stage again; is gone at the `moment`-th change of a file."""
-    moments = itertools.count(1)
-
-    def dying(change):
-        def changed(*args, **more):
-            if next(moments) == int(moment):
-                os._exit(9)
-            return change(*args, **more)
-        return changed
-    for name in ("replace", "rename", "fsync", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, dying(getattr(os, name)))
-    build(folder, 2)
+class Killed(BaseException):
+    """What nothing in the code catches."""
 
 
-def test_a_stage_that_is_killed_at_any_moment_is_built_by_the_next_command(tmp_path):
+def test_a_stage_that_is_killed_at_any_moment_is_built_by_the_next_command(tmp_path, monkeypatch):
+    """Before each change of a file."""
+    monkeypatch.setattr(common.gc, "collect", lambda: None)
     for moment in itertools.count(1):
         shutil.rmtree(tmp_path / "dt", ignore_errors=True)
         build(tmp_path, 1)
-        killed = Ranks("killed_at", tmp_path, moment).end().status == [9]
-        assert (tmp_path / "dt" / "weights").exists() or (tmp_path / ".dt" / "weights").exists()
-        if (tmp_path / ".dt" / "checkpoints").exists():
-            shutil.rmtree(tmp_path / ".dt" / "checkpoints")
+        moments = itertools.count(1)
+
+        def dying(change, *args, moment=moment, moments=moments, **more):
+            if next(moments) == moment:
+                raise Killed
+            return change(*args, **more)
+        with monkeypatch.context() as patch:
+            for name in ("replace", "rename", "mkdir", "unlink", "rmdir"):
+                patch.setattr(os, name, functools.partial(dying, getattr(os, name)))
+            try:
+                build(tmp_path, 2)
+                break
+            except Killed:
+                assert list(tmp_path.glob("*dt/weights")), "the old one or the new"
+        shutil.rmtree(tmp_path / ".dt" / "checkpoints", ignore_errors=True)
         build(tmp_path, 2)
         assert (tmp_path / "dt" / "weights").read_text() == "{'lr': 2}"
         assert sorted(p.name for p in tmp_path.glob("**/*")) == ["dt", "run.json", "weights"]
-        if not killed:
-            break
     assert moment > 8
 
 
@@ -2297,7 +1940,7 @@ def test_a_failed_stage_and_a_full_disk_leave_what_was_there(tmp_path, capsys):
 
     def main(cfg):
         common.write_beside(tmp_path / "dt" / "weights", ["new"])
-    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left on device")):
         said = launched(mock.Mock(main=main, Config=rwr.Config), ["--out", tmp_path], capsys, 2)
     assert "No space left on device; what was there before is untouched" in said
     assert (tmp_path / "dt" / "weights").read_text() == "{'lr': 1}"
@@ -2323,7 +1966,7 @@ def test_the_whole_road_leaves_a_run_as_documented(run, tmp_path, capsys):
     assert [row["variant"] for row in table] == variants and table[1]["target"] == -1
     assert table[0]["win_rate"] == 0.5 and abs(table[0]["kl_to_base"]) < 1e-3
     costs = [json.loads((out / name).read_text())["cost"]["flops"]
-             for name in ("rm/run.json", "samples.json", "dt/run.json")]
+             for name in ("rm/run.json", ".samples.json", "dt/run.json")]
     assert all(costs) and table[-1]["total_flops"] == pytest.approx(sum(costs))
     assert "dt target q99, guidance 0.5" in said and "slope" in said
     evaluated = lines_of(out / "evaluation" / "dt_target_q99.jsonl")

@@ -235,10 +235,10 @@ class World:
         return cfg
 
     def evaluate(self, job: Job, samples: common.Samples, folder: str, cfg: Any,
-                 count: int) -> dict:
+                 size: Sizes) -> dict:
         """Mean gold and z of replies to held-out prompts, DT's for each target, and its slope."""
         held_out, model = self.data.held_out_prompts, common.load_model(folder)
-        prompts = [held_out[i % len(held_out)] for i in range(count)]
+        prompts = [held_out[i % len(held_out)] for i in range(size.prompts)]
         plain = [self.codec.prompt(prompt) for prompt in prompts]
 
         @functools.cache
@@ -252,7 +252,7 @@ class World:
         if job.method != "DT":
             return dict(zip(("gold", "z"), ask()))
         row, asked, got = {}, [], []
-        for name in (*LEVELS, *QUANTILES):
+        for name in (*(LEVELS if job.seed in size.seeds else ()), *QUANTILES):
             variant = dt.ask_for(name, samples, self.codec, cfg)
             row[f"gold {name}"], row[f"z {name}"] = ask(tuple(variant.tag_ids))
             asked, got = [*asked, variant.target], [*got, row[f"z {name}"]]
@@ -275,7 +275,7 @@ def run(job: Job, cfg: Config, size: Sizes) -> dict:
         policy, used = home.base.path, toy(common, seed=job.seed)
         if job.method != "base":
             policy, used = folder, home.train(job, samples, Path(folder))
-        row = home.evaluate(job, samples, policy, used, size.prompts)
+        row = home.evaluate(job, samples, policy, used, size)
     return {**job._asdict(), "right": round(right, 4), **row,
             "cpu_seconds": round(time.process_time() - begun, 1)}
 
@@ -371,10 +371,9 @@ def draw(rows: list[dict], p: float, file: Path) -> None:
 def report(rows: list[dict], size: Sizes, out: Path, assets: Path) -> None:
     """Writes table.md into `out`, crossover_steps.png into `assets`."""
     p = max(row["emphasis"] for row in rows)
-    places: dict[tuple, list[dict]] = {}
-    for row in rows:
-        places.setdefault((row["variant"], row["samples"], row["noise"]), []).append(row)
-    plain = places.pop(("", size.samples, 0.0))
+    main_place = ("", size.samples, 0.0)
+    places = dict.fromkeys((row["variant"], row["samples"], row["noise"]) for row in rows)
+    plain = [row for row in rows if (row["variant"], row["samples"], row["noise"]) == main_place]
     seeds, commits = (", ".join(sorted({str(row[name]) for row in rows}))
                       for name in ("seed", "commit"))
     base = by_seed(plain, "gold", method="base")
@@ -390,11 +389,20 @@ def report(rows: list[dict], size: Sizes, out: Path, assets: Path) -> None:
         head: shown(by_seed(plain, f"z {level}", **where).values())
         for head, where in both.items()}} for level in LEVELS]
     parts += ["## z got for each z asked for", markdown(levels)]
-    both = {head: where for head, where in both.items() if where["steps"] in size.few_steps}
-    for (variant, samples, noise), here in places.items():
-        right = np.mean([row["right"] for row in here])
-        parts += [f"## {variant or 'DT and rivals'}, {samples:,} samples, noise {noise:g} "
-                  f"({right:.2f} of pairs right)", table(here, both)]
+    for place in places:
+        if place == main_place:
+            continue
+        named = dict(zip(("variant", "samples", "noise"), place))
+        here = {head: {**where, **named} for head, where in both.items()
+                if where["steps"] in size.few_steps}
+        with_p = {head: where for head, where in here.items() if where["emphasis"]}
+        minus, what = {"emphasis": 0.0}, "P = 0"
+        if place[0] in CONTROLS:
+            minus, what = {"variant": ""}, "DT with --emphasis"
+        right = [row["right"] for row in rows if (row["samples"], row["noise"]) == place[1:]]
+        parts += [f"## {place[0] or 'DT and rivals'}, {place[1]:,} samples, noise {place[2]:g} "
+                  f"({np.mean(right):.2f} of pairs right)", table(rows, here),
+                  f"minus {what}:", table(rows, with_p, minus)]
     common.write_beside(out / "table.md", ["\n\n".join(parts)])
     print("\n\n".join(parts))
     assets.mkdir(parents=True, exist_ok=True)
