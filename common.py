@@ -143,7 +143,7 @@ def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None
     except BadInput as problem:
         message, status = str(problem), 2
     except OSError as problem:
-        message, status = f"{problem}; what was there before is untouched", 2
+        message, status = f"{problem}; the same command resumes", 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command resumes", 130
     script = Path(sys.argv[0]).name + (f", rank {rank()}" if rank() else "")
@@ -191,7 +191,8 @@ class Config:
     held_out: float = flag(0.1, "share of prompts held out, unless the data have a test split")
     max_prompt_tokens: int = flag(1024, "longer prompts are left out")
     max_response_tokens: int = flag(1024, "longer responses are cut and taught without an end")
-    samples_per_prompt: int = flag(1, "responses generated to a prompt that has none")
+    samples_per_prompt: int = flag(1, "responses generated to each prompt of --preferences, and to "
+                                   "each row of --samples without one")
     temperature: float = flag(1.0, "sampling temperature of labelled samples and PPO's rollouts")
     eval_temperature: float = flag(1.0, "sampling temperature of evaluation; 0: greedy")
     eval_prompts: int = flag(256, "held-out prompts to evaluate on; 0: no evaluation")
@@ -255,12 +256,13 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
     parser.add_argument("--config", help="YAML file of flags; the command line wins")
     parser.error = refuse
     args = sys.argv[1:] if args is None else args
-    length, given = {"--epochs", "--steps"}, {arg.split("=")[0] for arg in args}
+    exclusive, given = {"--epochs", "--steps"}, {arg.split("=")[0] for arg in args}
     file = parser.parse_known_args(args)[0].config
     if file:
-        args = yaml_flags(file, length if given & length else set()) + args
+        replaced = exclusive if given & exclusive else set()
+        args = yaml_flags(file, replaced) + args
         given = {arg.split("=")[0] for arg in args}
-    require(not length <= given, "--epochs and --steps: give one of them")
+    require(not exclusive <= given, "--epochs and --steps: give one of them")
     toy = {} if "--model" in given else TOY | script.TOY
     if "--epochs" in given:
         toy.pop("steps", None)
@@ -373,7 +375,7 @@ def is_finished(stage: Stage) -> bool:
     if path.exists():
         record = read_record(record_of(path))
         require("cost" in record,
-                f"{path}: exists, and no run made it; move it, or give another --out")
+                f"{path}: exists, and has no record of a run; move it, or give another --out")
         changes = differences(record["settings"], stage.settings)
         if not changes:
             print0(f"{path.stem}: {path}, from before")
@@ -384,9 +386,9 @@ def is_finished(stage: Stage) -> bool:
     begun = read_record(record_of(work))
     changes = differences(begun.get("settings", {}), stage.settings)
     complete = work.exists() and "cost" in begun
-    require(not changes or not (complete or work.is_file() or checkpoints_in(work)), f"{work}: "
-            f"holds unfinished work of other settings: {changes}; give its settings to finish it, "
-            "another --out, or delete it")
+    valuable = complete or work.is_file() or checkpoints_in(work)
+    require(not (changes and valuable), f"{work}: holds unfinished work of other settings: "
+            f"{changes}; give its settings to finish it, another --out, or delete it")
     return False
 
 
@@ -450,8 +452,8 @@ MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*token
 
 @functools.cache
 def content_hash(source: Optional[str], patterns: tuple[str, ...] = ("**/*",)) -> Optional[str]:
-    """Twelve hex digits of a file, or of a folder's files that match, which rank 0 reads, about a
-    gigabyte a second; a Hub id stands for itself."""
+    """Twelve hex digits of the hash of a file, or of a folder's files that match; rank 0 reads
+    them, about a gigabyte a second.  A Hub id is returned as it is."""
     if not source or not Path(source).exists():
         return source
     root, digest = Path(source), hashlib.sha256()
@@ -1205,7 +1207,7 @@ def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: An
         micro = micro_batch(examples, share)
         cost.add_forward(model, len(micro.input_ids))
         sizes = [int(examples[i].mask.sum()) for i in share]
-        each = compute(micro).split(sizes) if share else compute(micro)[:0]
+        each = compute(micro).split(sizes)
         values |= {i: tokens.tolist() for i, tokens in zip(share, each)}
     return gather_by_index(values, len(examples))
 
@@ -1704,13 +1706,18 @@ print(tokenizer.decode(reply, skip_special_tokens=True))
 
 def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config, tag: str = "",
                 card_end: str = "") -> None:
-    """Writes the policy's folder.  Its model card's recipe has `tag` after the prompt, and
-    `card_end` is its end."""
+    """Writes the policy's folder.  Its chat template and its model card's recipe end a prompt with
+    `tag`; `card_end` goes at the end of the card."""
     import transformers
+    if tag and codec.tokenizer.chat_template:
+        # Jinja drops a template's last newline, which now is not the last any more
+        template = re.sub(r"(\r\n|\r|\n)\Z", "", codec.tokenizer.get_chat_template())
+        written = "{{ '" + tag + "' if add_generation_prompt else '' }}"
+        codec.tokenizer.chat_template = template + written
     flags = ", ".join(f"{name} {value}" for name, value in cfg.training_flags().items())
     card = POLICY_CARD.format(
         base=cfg.model or "the toy world's", data=cfg.samples or cfg.preferences or "the toy world",
-        algorithm=folder.name.strip(".").removesuffix(".new"), flags=flags, end=card_end,
+        algorithm=folder.name.strip("."), flags=flags, end=card_end,
         torch=torch.__version__, transformers=transformers.__version__,
         bos=f"{codec.bos} + " if codec.bos else "",
         tag=f" + {codec.continuation(tag)}  # {tag!r}" if tag else "")
@@ -2201,9 +2208,10 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
         print0(f"  {done:,} samples already labelled; resuming")
     model, score = None, rm and rm.load()
     rows = samples_to_label(cfg, codec, data)
-    generated = sum(row.response is None for row in itertools.islice(rows, done))
+    labelled = itertools.islice(rows, done)  # which are skipped
+    generated = sum(row.response is None for row in labelled)
     bar = progress(None, "samples", initial=done)
-    for chunk in iter(lambda: list(itertools.islice(rows, LABELLED_TOGETHER)), []):
+    while chunk := list(itertools.islice(rows, LABELLED_TOGETHER)):
         unanswered = [i for i, row in enumerate(chunk) if row.response is None]
         if unanswered:
             model = model or load_model(base.path, compute_dtype(cfg))
@@ -2349,11 +2357,11 @@ class Variant(NamedTuple):
 
 def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, data: Data,
              rm: Optional[Stage], samples: Stage, judge: Optional[Stage],
-             *needed: Stage) -> list[list[dict]]:
+             cost_of: tuple = ()) -> list[list[dict]]:
     """Evaluates base policy and variants of the policy, replaces their rows of leaderboard.jsonl,
     and prints the table; returns each variant's replies, as answer() does.
 
-    `needed` are the stages that count as the algorithm's cost beside its training.
+    `cost_of` are the stages that count as the algorithm's cost beside its training.
     """
     if not cfg.eval_prompts:
         print0("evaluation: none, as --eval_prompts is 0")
@@ -2366,8 +2374,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     reference, model = (load_model(s.path, compute_dtype(cfg)) for s in (base, policy))
     ask = functools.partial(answer, cfg, prompts, base, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
-    name, all_cost = Path(policy.path).name, sum((s.cost for s in needed if s), policy.cost)
-    ways = [("base", reference, Variant(""), base.cost, Cost())]
+    name, all_cost = Path(policy.path).name, sum((s.cost for s in cost_of if s), policy.cost)
+    ways = [("base", reference, Variant(""), base.cost, base.cost)]
     ways += [(name, model, variant, policy.cost, all_cost) for variant in variants]
     rows, replies = [], []
     for algorithm, asked, variant, trained, total in ways:
@@ -2440,10 +2448,11 @@ def means(replies: list[dict], base: list[dict]) -> dict:
             "eos_rate": 1 - mean("truncated")}
 
 
-COLUMNS = {"gold": ("gold", ".2f"), "reward z": ("reward", "+.2f"), "win": ("win_rate", ".2f"),
-           "KL": ("kl_to_base", ".1f"), "tokens": ("response_tokens", ".0f"),
-           "EOS": ("eos_rate", ".2f"), "train s": ("train_seconds", ".0f"),
-           "all s": ("total_seconds", ".0f"), "all FLOP": ("total_flops", ".1e")}
+COLUMNS = {"gold": ("gold", ".2f"), "asked z": ("target", "+.2f"), "reward z": ("reward", "+.2f"),
+           "win": ("win_rate", ".2f"), "KL": ("kl_to_base", ".1f"),
+           "tokens": ("response_tokens", ".0f"), "EOS": ("eos_rate", ".2f"),
+           "train s": ("train_seconds", ".0f"), "all s": ("total_seconds", ".0f"),
+           "all FLOP": ("total_flops", ".1e")}
 
 
 def print_leaderboard(rows: list[dict], comparable: str) -> None:
@@ -2579,7 +2588,7 @@ class TrainingRun:
         0s.  Raises BadInput where there are checkpoints, and none is whole."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
-        checkpoints = gather(checkpoints_in(self.folder))[0]  # as rank 0 sees them
+        checkpoints, record = gather(checkpoints_in(self.folder))[0], {}  # as rank 0 sees them
         for folder in checkpoints:
             state, record = self.state(), read_record(folder / "state.json")
             try:
@@ -2589,7 +2598,7 @@ class TrainingRun:
             if record:
                 break
             print0(f"  {folder}: damaged; the checkpoint before it is taken, if there is one")
-        else:
+        if not record:
             require(not checkpoints, f"{self.folder}: holds no checkpoint that is whole; delete it "
                     "to train from the start")
             return 0, 0

@@ -36,12 +36,12 @@ class Config(common.Config):
     """The algorithm's own flags."""
     target: list[str] = flag(["q5", "q50", "q99"], "target rewards to evaluate, z or quantiles; "
                              "the last, at training, is the saved policy's default")
-    guidance: list[float] = flag([0.5], "also evaluate the last target guided by this; 0: not")
+    guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
     emphasis: float = flag(0.0, "samples are drawn in proportion to |z|^emphasis; 0: each once")
     reward_format: Literal["digit", "word", "decimal"] = flag(
-        "digit", "` 5`: 4 is the mean and a step half a deviation; ` terrible` to ` excellent`; or "
-        "the paper's ` <rm_score>: 1.52 `")
+        "digit", "digit: ` 4` at the mean, one step per half deviation; word: ` terrible` to "
+        "` excellent`; decimal: the paper's ` <rm_score>: 1.52 `")
     evaluation_flags = ("target", "guidance")
 
     def __post_init__(self) -> None:
@@ -154,11 +154,6 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
     default = ask_for(cfg.target[-1], samples, codec, cfg)
-    if codec.tokenizer.chat_template:
-        # Jinja drops a template's last newline, which now is not the last any more
-        template = re.sub(r"(\r\n|\r|\n)\Z", "", codec.tokenizer.get_chat_template())
-        tag = "{{ '" + default.tag + "' if add_generation_prompt else '' }}"
-        codec.tokenizer.chat_template = template + tag
     common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT)
     return {"reward_tag": default.tag, "target": default.target,
             "mean": float(samples.rewards.mean()), "std": float(samples.rewards.std())}
@@ -173,19 +168,17 @@ at the mean of the samples' rewards, and a step is half a standard deviation (bo
 
 
 def report_slope(variants: list[Variant], replies: list[list[dict]]) -> None:
-    """Prints the reward z that each target got, and the slope of got on asked for: 1 where the
-    policy follows its tag, 0 where it ignores it."""
+    """Prints the slope of the reward z got on that asked for: 1 where the policy follows its tag,
+    0 where it ignores it."""
     asked = [variant.target for variant in variants]                                    # (K,)
-    got = np.array([[r["reward"] for r in each] for each in replies], dtype=float)      # (K, n)
+    got = np.array([[r["reward"] for r in each] for each in replies[:len(asked)]], dtype=float)
     if len(set(asked)) < 2 or np.isnan(got).any():
         return
-    for variant, z in zip(variants, got):
-        print0(f"  {variant.name}: asked for z {variant.target:+.2f}, got {z.mean():+.2f}")
     prompts = np.array([common.prompt_hash(r["prompt"]) for r in replies[0]])           # (n,)
     slopes = [np.polyfit(asked, got[:, prompts == prompt].mean(1), 1)[0]
               for prompt in np.unique(prompts)]
     slope, half = np.mean(slopes), 1.96 * np.std(slopes) / np.sqrt(len(slopes))
-    print0(f"  slope {slope:.2f} ± {half:.2f} (95 % over {len(slopes)} prompts)")
+    print0(f"  slope of z got on asked: {slope:.2f} ± {half:.2f} (95 %, {len(slopes)} prompts)")
     if slope + half < 0.2:
         print0("  the policy barely follows the reward tag: try more --steps, or --emphasis 2")
 
@@ -195,19 +188,20 @@ def main(cfg: Config) -> None:
     judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     codec = common.Codec(base.path, cfg)
-    codec.check_fits(reward_tag(-99.99, cfg))
+    codec.check_fits(reward_tag(-99.99, cfg))  # about the longest tag
     data = common.read_data(cfg, base)
     rm = reward_model.for_run(cfg, base, data)
     samples = common.labelled_samples(cfg, base, data, rm)
     policy = common.policy_stage(cfg, "dt", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
     targets = [ask_for(target, samples.load(), codec, cfg) for target in cfg.target]
-    guided = [targets[-1]._replace(name=f"{targets[-1].name}, guidance {g:g}", guidance=g)
-              for g in cfg.guidance if g]
-    variants = targets + guided
-    replies = common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
+    last = targets[-1]
+    variants = targets + [last._replace(name=f"{last.name}, guidance {g:g}", guidance=g)
+                          for g in cfg.guidance if g]
+    replies = common.evaluate(cfg, policy, variants, base, data, rm, samples, judge,
+                              cost_of=(rm, samples))
     if replies and rm:
-        report_slope(targets, replies[:len(targets)])  # those unguided
+        report_slope(targets, replies)
 
 
 if __name__ == "__main__":

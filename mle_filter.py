@@ -30,7 +30,7 @@ from common import Cost, Examples, Samples, Stage, flag, print0
 class Config(common.Config):
     """The algorithm's own flags."""
     keep: float = flag(0.1, "share of samples kept, the best; 1.0: SFT")
-    per_prompt: bool = flag(False, "keep that share of each prompt's samples, one at least")
+    per_prompt: bool = flag(False, "apply --keep within each prompt; at least one sample each")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +116,8 @@ def main(cfg: Config) -> None:
     policy = common.policy_stage(cfg, name, train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
     variants = [common.Variant(f"keep {cfg.keep:g}{' per prompt' if cfg.per_prompt else ''}")]
-    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge,
+                    cost_of=(rm, samples))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
                at its last token
     advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
-               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), with the critic's square
+               rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), plus the critic's squared error
 
 The online baseline: it samples, scores and learns in turn.  (Schulman et al. 2017, arXiv
 1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward: Ziegler et al. 2019,
@@ -45,7 +45,7 @@ class Config(common.Config):
     rollout_batch_size: int = flag(1024, "responses per iteration, all ranks together")
     ppo_epochs: int = flag(4, "passes over an iteration's responses")
     critic_lr: float = flag(9e-6, "peak learning rate of the critic")
-    lr: float = flag(5e-7, "peak learning rate, falling to 0 in a line")
+    lr: float = flag(5e-7, "peak learning rate, decaying linearly to 0")
     epochs: int = flag(1, "responses to each training prompt, rounded up to whole iterations")
     steps: Optional[int] = flag(None, "iterations, in place of --epochs")
     batch_size: int = flag(128, "responses per optimiser step, all ranks together")
@@ -151,13 +151,14 @@ def prepare(rollout: list[Example], old_log_probs: list, base_log_probs: list, v
     old, value = ragged(old_log_probs), ragged(values)                                  # (R, T)
     kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(v) for v in values]).bool()
     reward = -cfg.kl_coef * kl                                                          # (R, T)
-    reward[range(len(z)), mask.sum(1) - 1] += torch.as_tensor(z)
+    last = mask.sum(1) - 1  # token of each response
+    reward[range(len(z)), last] += torch.as_tensor(z)
     advantage = advantages(reward, value, cfg.gae_lambda)
     returns = advantage + value
     columns = (old, whiten(advantage, mask), value, returns)
     examples = [e._replace(columns=tuple(column[i, :len(values[i])].numpy() for column in columns))
                 for i, e in enumerate(rollout)]
-    to_come = reward.flip(1).cumsum(1).flip(1)  # what really came: the returns lean on the critic
+    to_come = reward.flip(1).cumsum(1).flip(1)  # the return without the critic, to measure it by
     unexplained = (to_come - value)[mask].var() / to_come[mask].var().clamp(min=1e-12)
     return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()),
                       "objective": float(reward.sum(1).mean()),
@@ -185,7 +186,7 @@ def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCri
 
 
 def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
-    """AdamW without decay, with rates for policy and critic that fall to 0 in a line."""
+    """AdamW without weight decay; the rates of policy and critic decay linearly to 0."""
     updates = iterations * cfg.ppo_epochs * math.ceil(cfg.rollout_batch_size / cfg.batch_size)
     groups = [{"params": list(actor.model.parameters()), "lr": cfg.lr},
               {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}]
@@ -301,8 +302,8 @@ def main(cfg: Config) -> None:
     policy = common.policy_stage(cfg, "ppo", train_here, base, samples, temperature=cfg.temperature)
     common.build_stages(cfg, rm, samples, policy)
     variants = [common.Variant(f"kl {cfg.kl_coef:g}")]
-    # PPO needs no more of what the samples took than their mean and deviation
-    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm)
+    # samples are not counted: PPO takes only their mean and standard deviation
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, cost_of=(rm,))
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def read_scores(rm: torch.nn.Module, sequences: list[np.ndarray], cost: Cost,
     padding = model.config.get_text_config().pad_token_id
     lengths, last, start = [len(ids) for ids in sequences], [], 0
     for ids in sequences:
-        last.append(start + int(np.flatnonzero(ids != (-1 if padding is None else padding))[-1]))
+        last.append(start + int(np.flatnonzero(ids != padding)[-1]))
         start += len(ids)
     cost.add_forward(model, start, passes)
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(common.device())  # (T,)

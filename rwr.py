@@ -31,8 +31,8 @@ from common import Cost, Examples, Samples, Stage, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    beta: float = flag(0.25, "temperature of the weights: large is SFT, small only the best")
-    w_max: float = flag(20.0, "cap on a weight; 0: none")
+    beta: float = flag(0.25, "temperature of the weights: large approaches SFT")
+    w_max: float = flag(20.0, "cap on exp(z / beta), before dividing by the mean; 0: none")
     weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`")
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
         weight = samples.weights
     else:
         weight = weigh(samples.z(samples.rewards), cfg.beta, cfg.w_max)
-    common.require(weight.min() >= 0 and weight.max() > 0,  # NaN, where there is none, fails
+    common.require(weight.min() >= 0 and weight.max() > 0,  # a missing weight is NaN, and fails
                    "--weights given: every sample needs a `weight`, and one must be above 0")
     print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
            f"{len(weight):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
@@ -121,7 +121,8 @@ def main(cfg: Config) -> None:
     policy = common.policy_stage(cfg, "rwr", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
     variants = [common.Variant("given weights" if cfg.weights == "given" else f"beta {cfg.beta:g}")]
-    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, rm, samples)
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge,
+                    cost_of=(rm, samples))
 
 
 if __name__ == "__main__":

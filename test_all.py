@@ -226,20 +226,9 @@ def tiny_model(tied=True, dtype=torch.float64, **more):
     return common.enable_packing(model.eval())
 
 
-def mistral():
-    """A model whose layers see five positions back, and whose heads share a key."""
-    from transformers import MistralConfig, MistralForCausalLM
-    torch.manual_seed(0)
-    return common.enable_packing(MistralForCausalLM(MistralConfig(
-        vocab_size=V, hidden_size=D, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=5, initializer_range=0.3,
-        eos_token_id=0)).to(DEVICE).eval())
-
-
-def example(ids, prompt_length, weight=1.0, columns=()):
+def example(ids, prompt_length):
     """An Example whose response are the ids from prompt_length on."""
-    return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= prompt_length, weight,
-                   columns)
+    return Example(np.array(ids, dtype=np.int32), np.arange(len(ids)) >= prompt_length)
 
 
 def examples(n=7, seed=0):
@@ -658,37 +647,25 @@ def test_filter_keeps_the_best_and_breaks_ties_by_order(codec):
     assert mle_filter.best(np.array([1.0, 3, 2, 3, 0]), 0.4).tolist() == [1, 3]
     assert mle_filter.best(np.zeros(10), 0.3).tolist() == [0, 1, 2]
     assert mle_filter.best(np.array([1.0, 2]), 0.01).tolist() == [1], "one at least"
-    samples = samples_of(codec, [0, 1, 2, 3, 4, 5], prompts=["a", "a", "a", "b", "b", "b"])
+    samples = samples_of(codec, [0, 1, 2, 5, 4, 3], prompts=["a", "a", "a", "b", "b", "b"])
     kept = mle_filter.prepare(samples, config(mle_filter, keep=1 / 3, per_prompt=True))
-    rows = [kept.example(i) for i in range(len(kept))]
-    assert sorted(codec.tokenizer.decode(e.ids[e.mask][:-1]) for e in rows) == [
-        " reply 2", " reply 5"]
+    assert sorted(kept.indices) == [2, 3]
     assert len(mle_filter.prepare(samples, config(mle_filter, keep=1.0))) == 6
 
 
-def weights_of(codec, rewards, weights=None, **flags):
-    """RWR's weights of samples with these rewards."""
-    rows = rwr.prepare(samples_of(codec, rewards, weights=weights), config(rwr, **flags))
-    return [rows.example(i).weight for i in range(len(rows))]
-
-
-def test_rwr_weights_are_capped_exponentials_of_mean_1(codec):
+def test_rwr_weights_are_capped_exponentials_of_mean_1_or_the_samples_own(codec):
+    def weights(rewards, own=None, **flags):
+        rows = rwr.prepare(samples_of(codec, rewards, weights=own), config(rwr, **flags))
+        return [rows.example(i).weight for i in range(len(rows))]
     z = samples_of(codec, [0, 1, 2, 7]).z([0, 1, 2, 7])
-    expected = np.minimum(np.exp(z / 0.25), 20)
-    np.testing.assert_allclose(weights_of(codec, [0, 1, 2, 7], beta=0.25, w_max=20.0),
-                               expected / expected.mean(), rtol=1e-6)
-    np.testing.assert_allclose(weights_of(codec, [0, 1, 5], beta=1e6), 1, atol=1e-4)  # SFT
-    for beta in (1e-3, 1e-30):
-        assert weights_of(codec, [0, 1, 5], beta=beta, w_max=0.0) == [0, 0, 3], "no overflow"
-
-
-def test_rwr_takes_the_samples_own_weights_where_asked(codec):
-    given = [0.5, 0.0, 3.0]
-    scaled = [weight / np.mean(given) for weight in given]
-    assert weights_of(codec, [0, 1, 5], given, weights="given") == pytest.approx(scaled)
+    capped = np.minimum(np.exp(z / 0.25), 20)
+    assert weights([0, 1, 2, 7], beta=0.25, w_max=20.0) == pytest.approx(capped / capped.mean())
+    assert weights([0, 1, 5], beta=1e6) == pytest.approx([1, 1, 1], abs=1e-4)  # SFT
+    assert weights([0, 1, 5], beta=1e-30, w_max=0.0) == [0, 0, 3], "no overflow"
+    assert weights([0, 1, 5], [1.0, 0.0, 2.0], weights="given") == [1, 0, 2]
     for wrong in (None, [1.0, math.nan, 1.0], [0.0, 0.0, 0.0]):
         with pytest.raises(BadInput, match="every sample needs a `weight`"):
-            weights_of(codec, [0, 1, 5], wrong, weights="given")
+            weights([0, 1, 5], wrong, weights="given")
 
 
 def test_dt_writes_the_same_tag_in_training_and_in_sampling_and_learns_the_response_alone(codec):
@@ -717,11 +694,8 @@ def test_dt_rounds_the_reward():
 
 def test_dt_drops_the_tag_from_the_asked_share_anew_each_epoch(codec):
     rows = dt.prepare(samples_of(codec, range(400)), codec, config(dt, condition_dropout=0.25))
-    plain = [len(rows.tokens[i][0]) for i in range(400)]
-    untagged = [{i for i in range(400) if len(rows.example(i, epoch).ids) == plain[i]}
-                for epoch in (0, 1, 0)]
-    assert all(70 < len(bare) < 130 for bare in untagged)
-    assert untagged[0] == untagged[2] != untagged[1]
+    untagged = [{i for i in range(400) if not rows.tag(i, epoch)} for epoch in (0, 1, 0)]
+    assert all(70 < len(bare) < 130 for bare in untagged) and untagged[0] == untagged[2]
     assert len(untagged[0] & untagged[1]) < 50, "a quarter of a quarter, not the same ones"
 
 
@@ -799,9 +773,6 @@ TEMPLATES = {
     "gemma": "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] "
              "== 'assistant' else m['role']) + '\n' + m['content'] | trim + '<end_of_turn>\n' }}"
              "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "phi3": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
-            "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}"
-            "{{ eos_token }}{% endif %}",
     "qwen3": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and "
              "m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] "
              "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
@@ -823,8 +794,8 @@ TEMPLATES = {
 SPECIAL = ["<eos>", "<bos>", "<|start|>", "<|header|>", "<|eot|>", "<|im_start|>", "<|im_end|>",
            "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>",
            "<|message|>", "<|channel|>", "<|return|>"]
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "gemma": "<end_of_turn>", "phi3": "<|end|>",
-        "qwen3": "<|im_end|>", "harmony": "<|return|>", "inst": "<eos>", "opened": "<eos>"}
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "gemma": "<end_of_turn>",
+        "qwen3": "<|im_end|>", "harmony": "<|return|>"}  # <eos> for others
 
 
 def byte_level(template=None, kind="GPT-2", bos=False, words=(), **more):
@@ -933,91 +904,79 @@ def test_tiktoken_encodes_hard_text_as_the_tokenizer_does(kind):
 
 
 def test_boundary_between_text_prompt_and_response_is_exact(codec):
-    prompt, response = "\n\nHuman: Hi\n\nAssistant:", " They are"
+    prompt, response, eos = "\n\nHuman: Hi\n\nAssistant:", " They are", codec.stop_ids[0]
     ids, mask = codec.sample(Sample(prompt, response))
-    assert codec.tokenizer.decode(ids[~mask]) == prompt
-    assert codec.tokenizer.decode(ids[mask][:-1]) == response
-    assert codec.prompt(prompt) == ids[~mask].tolist()
-    micro = common.collate([Example(ids, mask)])
-    assert micro.targets.tolist() == ids[mask].tolist(), "the response and its EOS, nothing else"
-    eos = codec.tokenizer.eos_token_id
-    assert ids[-1] == eos and not (ids[:-1] == eos).any()
+    assert ids[~mask].tolist() == codec.prompt(prompt)
+    assert codec.tokenizer.decode(ids[~mask]) == prompt and ids[-1] == eos
+    assert codec.tokenizer.decode(ids[mask][:-1]) == response and not (ids[:-1] == eos).any()
+    assert common.collate([Example(ids, mask)]).targets.tolist() == ids[mask].tolist()
     shorter = Codec(codec.folder, config(max_prompt_tokens=3, max_response_tokens=2))
-    for sample, by in ((Sample("Hi", " They are small."), shorter),
-                       (Sample("Hi", response, truncated=True), codec)):
-        ids, mask = by.sample(sample)
-        assert ids[-1] != eos and mask.sum() >= 2, "cut: an end is not taught"
-    assert mask.sum() == len(codec.continuation(response))
+    cut, mask = shorter.sample(Sample("Hi", " They are small."))
+    assert mask.sum() == 2 and cut[-1] != eos, "no end is taught"
+    cut, _ = codec.sample(Sample(prompt, response, truncated=True))
+    assert cut.tolist() == ids[:-1].tolist()
     with pytest.raises(common.LeftOut, match="prompts longer than --max_prompt_tokens"):
         shorter.prompt("a b c d e f g h")
     with pytest.raises(BadInput, match="no chat template, which messages need"):
         codec.prompt(CHAT)
 
 
-@pytest.mark.parametrize("template, listed", [
-    ("llama3", ["<eos>", "<|eot|>"]), ("gemma", ["<eos>", "<end_of_turn>"]),
-    ("chatml", None), ("phi3", None), ("qwen3", None), ("harmony", ["<|return|>", "<eos>"]),
-    ("inst", None), ("sentencepiece", None)])
-def test_a_turn_is_what_the_template_renders_from_its_header_to_its_end(tmp_path, template, listed):
-    """Token by token; the reward model reads the same ids, and what the template writes last."""
+@pytest.mark.parametrize("template, listed, said", [
+    ("llama3", ["<eos>", "<|eot|>"], "fish"), ("gemma", ["<eos>", "<end_of_turn>"], "fish"),
+    ("chatml", None, "fish"), ("qwen3", None, "<think>\n\n</think>\n\nfish"),
+    ("harmony", ["<|return|>"], "<|channel|>final<|message|>fish"), ("inst", None, " fish"),
+    ("sentencepiece", None, "the fox"), ("opened", None, "I think.\n</think>\nfish")])
+def test_a_turn_is_what_the_template_renders_and_generated_ones_what_was_sampled(tmp_path, template,
+                                                                                 listed, said):
+    """Token by token from header to end; the reward model reads the same ids, and the template's
+    tail.  What the base policy said is taught as it was sampled, special tokens too."""
     from transformers import GenerationConfig
     tokenizer = family(template)
     folder, cfg = folder_of(tmp_path / "base", tokenizer, ends=listed), ROOMY()
     codec = Codec(folder, cfg)
     end = tokenizer.convert_tokens_to_ids(ENDS.get(template, "<eos>"))
     before, whole = rendered(tokenizer, CHAT, True), rendered(tokenizer, [*CHAT, REPLY])
+    assert codec.prompt(CHAT) == before and {end, tokenizer.eos_token_id} == set(codec.stop_ids)
+    text = codec.decode(common.Response([*codec.encode(said), end], [], False))
+    ids, mask = codec.sample(Sample(CHAT, text, source="generated"))
+    assert ids[~mask].tolist() == before == ids[:len(before)].tolist() and ids[-1] == end
+    assert text == said or template == "sentencepiece"  # which may write a word in several ways
+    assert ids[mask].tolist() == [*codec.encode(said), end] or text != said
+    assert codec.scored(CHAT, text, generated=True)[:len(ids)].tolist() == ids.tolist()
+    common.save_folder(tmp_path / "saved", common.load_model(folder), codec, cfg, "card")
+    kept = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
+    assert kept in (codec.stop_ids, *codec.stop_ids)
+    if template == "opened":
+        return
     last = len(whole) - whole[::-1].index(end)
     ids, mask = codec.sample(Sample(CHAT, REPLY["content"]))
-    assert ids.tolist() == whole[:last] and codec.prompt(CHAT) == before
+    assert ids.tolist() == whole[:last]
     assert mask.tolist() == [i >= len(before) for i in range(last)]
     assert codec.scored(CHAT, REPLY["content"]).tolist() == whole
     cut, _ = codec.sample(Sample(CHAT, REPLY["content"], truncated=True))
     assert cut.tolist() == whole[:len(cut)] and len(before) < len(cut) < last
     assert codec.scored(CHAT, REPLY["content"], truncated=True).tolist() == cut.tolist()
-    tag = Examples(tokens_of([(ids, mask)]), tag=lambda i, epoch: [7, 8]).example(0)
-    assert tag.ids.tolist() == [*before, 7, 8, *whole[len(before):last]]
-    assert tag.mask.sum() == mask.sum() and not tag.mask[:len(before) + 2].any()
-    assert {end, tokenizer.eos_token_id} <= set(codec.stop_ids)
-    common.save_folder(tmp_path / "saved", common.load_model(folder), codec, cfg, "card")
-    kept = GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id
-    assert set(kept if isinstance(kept, list) else [kept]) == set(codec.stop_ids)
+    tagged = Examples(tokens_of([(ids, mask)]), tag=lambda i, epoch: [7, 8]).example(0)
+    assert tagged.ids.tolist() == [*before, 7, 8, *whole[len(before):last]]
+    assert tagged.mask.tolist() == [False] * (len(before) + 2) + [True] * (last - len(before))
 
 
-@pytest.mark.parametrize("template, said", [
-    ("harmony", "<|channel|>final<|message|>fish"), ("qwen3", "<think>\n\n</think>\n\nfish"),
-    ("opened", "I think so.\n</think>\n\nfish"), ("sentencepiece", "the fox"), ("chatml", "fish")])
-def test_generated_rows_continue_the_generation_prompt_as_it_stands(tmp_path, template, said):
-    """What the base policy said is taught token for token, special tokens in it too."""
-    tokenizer = family(template)
-    codec = Codec(folder_of(tmp_path, tokenizer), ROOMY())
-    before = codec.prompt(CHAT)
-    sampled = [*codec.encode(said), tokenizer.convert_tokens_to_ids(ENDS.get(template, "<eos>"))]
-    text = codec.decode(common.Response(sampled, [], False))
-    ids, mask = codec.sample(Sample(CHAT, text, source="generated"))
-    assert ids[:len(before)].tolist() == before == ids[~mask].tolist()
-    if template != "sentencepiece":  # which may write a word in several ways
-        assert text == said and ids[mask].tolist() == sampled
-    assert ids[-1] == sampled[-1] and text.strip() == said
-    scored = codec.scored(CHAT, text, generated=True)
-    assert scored[:len(ids)].tolist() == ids.tolist()
-
-
-def test_a_template_that_opens_the_reply_otherwise_is_refused_with_what_to_do(tmp_path, capsys):
-    """DeepSeek-R1's opens a block of thoughts; also a conversation that the template refuses."""
-    base = folder_of(tmp_path / "opened", byte_level("opened"))
+def test_templates_that_no_reply_follows_are_refused_or_their_rows_left_out(tmp_path, capsys):
+    """DeepSeek-R1's opens a block of thoughts; Mistral's wants roles in turn."""
+    folder = folder_of(tmp_path / "opened", byte_level("opened"))
     rows = write(tmp_path / "s.jsonl", *({"prompt": [{**CHAT[0], "content": f"{i}"}],
                                           "response": "fish", "reward": i} for i in range(30)))
-    said = launched(rwr, ["--model", base, "--samples", rows, "--out", tmp_path / "run",
+    said = launched(rwr, ["--model", folder, "--samples", rows, "--out", tmp_path / "run",
                           "--max_prompt_tokens", "64", "--max_response_tokens", "8"], capsys, 2)
-    assert "asks for a reply with '<think>\\n'" in said and "give prompts as text" in said
+    assert "s.jsonl, line 1" in said and "<think>" in said and "give prompts as text" in said
     assert '"source": "generated"' in said and not list((tmp_path / "run").glob("[!.]*"))
-    codec = Codec(folder_of(tmp_path / "inst", sentencepiece()), config())
-    joined = Codec(folder_of(tmp_path / "joined", byte_level("llama3")), ROOMY())
-    ids, _ = joined.sample(Sample(CHAT, "fish"))  # whose "\n\n" is one token only at an end
-    assert ids.tolist() == joined.prompt(CHAT) + joined.encode("fish<|eot|>")
-    assert "they are encoded apart" in capsys.readouterr().out
+    codec = Codec(folder_of(tmp_path / "inst", family("inst")), config())
     with pytest.raises(common.LeftOut, match=r"template refuses \(roles must alternate"):
         codec.prompt([REPLY, CHAT[0]])
+    codec = Codec(folder_of(tmp_path / "joined", byte_level("llama3")), ROOMY())
+    ids, _ = codec.sample(Sample(CHAT, "fish"))  # whose "\n\n" is one token only at an end
+    assert ids.tolist() == codec.prompt(CHAT) + codec.encode("fish<|eot|>")
+    assert "encoded apart" in capsys.readouterr().out
 
 
 def test_replies_come_back_from_decode_and_end_at_a_whole_character(tmp_path):
@@ -1025,16 +984,11 @@ def test_replies_come_back_from_decode_and_end_at_a_whole_character(tmp_path):
     prompt, reply = codec.prompt("Where is the fox:"), codec.continuation(" the fox is")
     assert prompt + reply == codec.tokenizer("Where is the fox: the fox is")["input_ids"]
     for text in ("the fox", " the fox is", "is\n the", "  é fox"):
-        ids = codec.continuation(text)
-        for end in ([2], codec.encode(codec.turn_end)):
-            assert codec.decode(common.Response([*ids, *end], [], False)) == text
-    codec = Codec(folder_of(tmp_path / "bpe", byte_level()), config())
-    for text in ("fish 東京", "\U0001f98a"):
-        ids = codec.encode(text)
-        for n in range(len(ids) + 1):
-            said = codec.decode(common.Response(ids[:n], [], True))
-            assert text.startswith(said) and "\ufffd" not in said, "cut by the token limit"
-        assert said == text
+        assert codec.decode(common.Response([*codec.continuation(text), 2], [], False)) == text
+    codec, text = Codec(folder_of(tmp_path / "bpe", byte_level()), config()), "fish \U0001f98a東京"
+    ids = codec.encode(text)
+    said = [codec.decode(common.Response(ids[:n], [], True)) for n in range(len(ids) + 1)]
+    assert set(map(text.startswith, said)) == {True} and said[-1] == text, "cut by the token limit"
 
 
 def trained_dt(tmp_path, tokenizer):
@@ -1048,38 +1002,29 @@ def trained_dt(tmp_path, tokenizer):
     return folder, codec, dt.train(cfg, Stage(base, {}), rows, folder, Cost())
 
 
-@pytest.mark.parametrize("end", ["", "\n", "\n\n", "{% if true %}\n{% endif %}\n", "  ", "\r\n"])
-def test_a_dt_policys_chat_template_writes_the_prompt_and_tag_that_training_wrote(tmp_path, end):
-    """Whatever the template ends in: Jinja drops the last newline of one."""
-    from transformers import AutoTokenizer
-    folder, codec, record = trained_dt(tmp_path, byte_level(TEMPLATES["chatml"] + end))
-    before = AutoTokenizer.from_pretrained(codec.folder)
-    plain, asked = (before.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=ask)
-                    for ask in (False, True))
-    saved = AutoTokenizer.from_pretrained(folder)
-    tagged = saved.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
-    assert tagged == asked + record["reward_tag"]
-    assert saved.apply_chat_template(CHAT, tokenize=False) == plain
-    if end != "  ":  # then the tag's space joins the template's
-        tag = codec.continuation(record["reward_tag"])
-        assert rendered(saved, CHAT, True) == rendered(before, CHAT, True) + tag
-
-
-@pytest.mark.parametrize("kind", ["text", "chatml", "sentencepiece"])
-def test_a_dt_policy_is_asked_and_guided_by_stock_generate_as_its_card_says(tmp_path, kind):
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "{% if true %}\n{% endif %}\n", "  ", "text",
+                                 "sentencepiece"])
+def test_a_dt_policy_is_asked_and_guided_by_stock_generate_as_its_card_says(tmp_path, end):
+    """A chat template writes what training wrote, whatever its end: Jinja drops a last newline."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder, codec, record = trained_dt(
-        tmp_path, byte_level(bos=True) if kind == "text" else family(kind))
+    folder, codec, record = trained_dt(tmp_path, {
+        "text": byte_level(bos=True), "sentencepiece": sentencepiece()}.get(
+            end, byte_level(TEMPLATES["chatml"] + end)))
     assert record["reward_tag"] == " <rm_score>: 2.00 "
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, before = map(AutoTokenizer.from_pretrained, (folder, codec.folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt, tag = "where is the fox?", codec.continuation(record["reward_tag"])
     line, = re.findall(r"^ids = (.*)$", Path(folder, "README.md").read_text(), re.M)
     ids = eval(line, {"tokenizer": tokenizer, "prompt": prompt})
-    if kind == "chatml":
+    if end not in ("text", "sentencepiece"):
         prompt, ids = CHAT, rendered(tokenizer, CHAT, True)
+        asked, plain = (functools.partial(each.apply_chat_template, CHAT, tokenize=False)
+                        for each in (tokenizer, before))
+        assert asked() == plain()
+        assert asked(add_generation_prompt=True) == (
+            plain(add_generation_prompt=True) + record["reward_tag"])
     plain = codec.prompt(prompt)
-    assert ids == plain + tag
+    assert ids == plain + tag or end == "  "  # whose spaces the tag's joins
     ours, = common.sample(common.load_model(str(folder)), [ids], codec.cfg, 0, codec.stop_ids,
                           Cost(), 0.0, [plain], 1.5)
     theirs = model.generate(torch.tensor([ids]), guidance_scale=2.5, do_sample=False,
@@ -1087,31 +1032,24 @@ def test_a_dt_policy_is_asked_and_guided_by_stock_generate_as_its_card_says(tmp_
     assert ours.ids == theirs[0, len(ids):].tolist()
 
 
-def scored_by_transformers(folder, texts, padding_side):
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=padding_side)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(**tokenizer([t + tokenizer.eos_token for t in texts], return_tensors="pt",
-                                 padding=True)).logits[:, 0].tolist()
-
-
 def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_padding(run):
+    """And reads the EOS, which it never pads with."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    folder = run[0] / "rm"
     rows = lines_of(run[0] / "samples.jsonl")[:6]
-    texts = [row["prompt"] + row["response"] for row in rows]
     columns = [[row[name] for row in rows] for name in ("prompt", "response", "truncated")]
-    for flags in ({}, {"micro_batch_tokens": 1}):
-        score = reward_model.load_scorer(config(**flags), str(run[0] / "rm"))
-        ours = score(*columns, Cost())
-        np.testing.assert_allclose(ours, [row["reward"] for row in rows], atol=1e-4)
+    expected = pytest.approx([row["reward"] for row in rows], abs=1e-4)
+    score = reward_model.load_scorer(config(micro_batch_tokens=1), str(folder))
+    assert score(*columns, Cost()) == expected
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     for side in ("left", "right"):
-        np.testing.assert_allclose(scored_by_transformers(run[0] / "rm", texts, side), ours,
-                                   atol=1e-4)
-    model, codec = score.args[0].model, score.args[1]
-    pad = codec.tokenizer.pad_token_id
-    assert pad == model.config.pad_token_id != codec.tokenizer.eos_token_id
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side)
+        texts = [row["prompt"] + row["response"] + tokenizer.eos_token for row in rows]
+        with torch.no_grad():
+            inputs = tokenizer(texts, return_tensors="pt", padding=True)
+            assert model(**inputs).logits[:, 0].tolist() == expected
     ended, broken = score(["Human: Hi\n\nAssistant:"] * 2, [" They are"] * 2, [False, True], Cost())
-    assert ended != broken, "it reads the EOS"
+    assert ended != broken and tokenizer.pad_token_id == model.config.pad_token_id
 
 
 @pytest.mark.parametrize("right, warned", [(26, True), (36, False)])
@@ -1127,70 +1065,56 @@ def test_a_reward_model_that_learnt_nothing_says_so_and_ties_count_half(capsys, 
 
 # ---------------------------------------------------------------------------------------- sampler
 
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 HARD = [[8], list(range(1, 97)) * 3 + [5] * 12, [8], [9, 10], [11], [12, 13, 14], [15, 16, 17, 18]]
-PLAIN = functools.partial(tiny_model, dtype=torch.float32)
 
 
-def sampled(model, prompts=PROMPTS, seed=3, stop=(0,), temperature=1.0, most=12, cost=None, **more):
+def sampled(model, prompts, seed=3, stop=(0,), temperature=1.0, most=12, **more):
     """Responses to prompts, twelve tokens at most."""
-    return common.sample(model, prompts, config(max_response_tokens=most), seed, list(stop),
-                         cost or Cost(), temperature, **more)
+    return common.sample(model, prompts, config(max_response_tokens=most), seed, list(stop), Cost(),
+                         temperature, **more)
 
 
 def same_responses(ours, theirs):
     """Whether two samplers said the same, with the same log-probs but for rounding."""
     assert [(r.ids, r.truncated) for r in ours] == [(r.ids, r.truncated) for r in theirs]
     for a, b in zip(ours, theirs):
-        assert len(a.log_probs) == len(a.ids)
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
 
 
-@pytest.mark.parametrize("case, build", [
-    *((case, PLAIN) for case in ("sampled", "ends at once", "all end at once", "one token",
-                                 "guided")),
-    ("sampled", mistral), ("guided", mistral)], ids=lambda x: x if isinstance(x, str) else
-    "sliding window" if x is mistral else "plain")
-def test_texts_are_the_same_whatever_the_slots_and_those_of_generate(case, build, monkeypatch):
-    """Prompts of 1 and of 300 tokens, more than there are slots, some that end at once; guided
-    ones need packing."""
-    flags = {"one token": {"most": 1}, "all end at once": {"stop": range(V)},
+@pytest.mark.parametrize("case", ["sampled", "ends at once", "one token", "guided"])
+def test_texts_are_the_same_whatever_slots_ranks_and_copies_and_those_of_generate(case,
+                                                                                  monkeypatch):
+    """Prompts of 1 and of 300 tokens, more than there are slots, some twice."""
+    model = tiny_model(dtype=torch.float32, num_key_value_heads=1)
+    flags = {"one token": {"most": 1}, "ends at once": {"stop": range(0, V, 2)},
              "guided": {"unconditional": HARD[::-1], "guidance": 1.5}}.get(case, {})
-    model = build()
-    assert common.is_packed(model)
-    if case == "ends at once":
-        firsts = sampled(model, HARD, most=1)
-        flags["stop"] = [firsts[0].ids[0], firsts[3].ids[0]]
-    runs = []
-    for slots in (1, 2, 64):
+    whole = sampled(model, HARD, **flags)
+    assert whole != sampled(model, HARD, seed=4, **flags) and whole[0] != whole[2]
+    assert {len(r.ids) for r in whole} == {1} or case not in ("one token",)
+    for slots in (1, 2):
         monkeypatch.setattr(common, "SLOTS", {"cpu": slots, "cuda": slots})
-        runs.append(sampled(model, HARD, **flags))
-    for other in runs[1:]:
-        same_responses(runs[0], other)
+        same_responses(whole, sampled(model, HARD, **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "gather_by_index", lambda local, total: local)
+        for rank, ranks in ((1, 3), (8, 9)):  # the latter has nothing to do
+            set_ranks(patch, rank, ranks)
+            share = sampled(model, HARD, **flags)
+            assert sorted(share) == list(range(rank, 7, ranks))
+            same_responses([share[i] for i in share], [whole[i] for i in share])
     model.set_attn_implementation("sdpa")  # no longer packed
     if case == "guided":
         with pytest.raises(BadInput, match="give --guidance 0"):
             sampled(model, HARD, **flags)
     else:
-        same_responses(runs[0], sampled(model, HARD, **flags))
-    lengths = [len(r.ids) for r in runs[0]]
-    if case == "ends at once":
-        assert lengths[0] == lengths[3] == 1 and not runs[0][0].truncated and max(lengths) > 1
-    if case in ("all end at once", "one token"):
-        assert set(lengths) == {1}
-        assert all(r.truncated == (case == "one token" and r.ids != [0]) for r in runs[0])
+        same_responses(whole, sampled(model, HARD, **flags))
 
 
-def test_a_token_without_probability_is_never_drawn_and_others_by_their_own():
+def test_a_token_without_probability_is_never_drawn():
     log_p = torch.full((3, 700), -torch.inf, device=DEVICE)
     log_p[:, 300], log_p[:, 550] = math.log(0.25), math.log(0.75)
     for uniform, token in ((0.0, 300), (0.2499, 300), (0.2501, 550), (1 - 1e-16, 550)):
         at = torch.full((3,), uniform, dtype=torch.float64, device=DEVICE)
         assert common.draw(log_p, at).tolist() == [token] * 3
-    log_p = torch.tensor([[0.5, 0.3, 0.15, 0.05]], device=DEVICE).log().expand(20000, 4)
-    uniform = torch.from_numpy(np.random.default_rng(0).random(20000)).to(DEVICE)
-    counts = torch.bincount(common.draw(log_p, uniform), minlength=4) / 20000
-    torch.testing.assert_close(counts, log_p[0].exp(), atol=0.015, rtol=0)
 
 
 # ---------------------------------------------------------------------- other people's models: zoo
@@ -1229,9 +1153,6 @@ def zoo_kinds():
         "lfm2": lambda: t.Lfm2ForCausalLM(t.Lfm2Config(
             **kw, layer_types=["conv", "full_attention"], conv_L_cache=3,
             block_auto_adjust_ff_dim=False)),
-        "falcon_h1": lambda: t.FalconH1ForCausalLM(t.FalconH1Config(
-            **kw, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8,
-            lm_head_multiplier=0.5)),
         "qwen2_moe": lambda: t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(  # a window in its mask alone
             **kw, use_sliding_window=True, sliding_window=6, max_window_layers=1, num_experts=4,
             num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)),
@@ -1239,8 +1160,6 @@ def zoo_kinds():
             vocab_size=ZOO_V, hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, layerdrop=0.5,
             num_hidden_layers=2, num_attention_heads=4, dropout=0.5, attention_dropout=0.5,
             max_position_embeddings=256, pad_token_id=1, bos_token_id=0, eos_token_id=0)),
-        "starcoder2": lambda: t.Starcoder2ForCausalLM(t.Starcoder2Config(
-            **kw, sliding_window=6, residual_dropout=0.5, embedding_dropout=0.5)),
         "gemma3_multimodal": lambda: t.Gemma3ForConditionalGeneration(t.Gemma3Config(
             text_config=t.Gemma3TextConfig(**gemma, **turns), mm_tokens_per_image=4,
             vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -1249,11 +1168,10 @@ def zoo_kinds():
     }
 
 
-ZOO = {name: "" for name in ("llama", "qwen3", "gemma3", "gpt2", "phi3", "mixtral", "olmo2",
-                             "granite", "opt", "starcoder2", "gemma3_multimodal")}
+ZOO = dict.fromkeys(["llama", "qwen3", "gemma3", "gpt2", "phi3", "mixtral", "olmo2", "granite",
+                     "opt", "gemma3_multimodal"])
 ZOO |= {"gemma2": "takes softcap", "gpt_oss": "takes s_aux", "lfm2": "layers of conv",
-        "falcon_h1": "layers of hybrid", "qwen2_moe": "disagree about sliding windows"}
-# why those are padded
+        "qwen2_moe": "disagree about sliding windows"}  # why these are padded
 
 
 @functools.cache
@@ -1268,7 +1186,7 @@ def zoo_model(name):
     for key, p in model.named_parameters():
         if p.dim() == 1:
             p += 0.1 * torch.randn_like(p)
-        elif "vision" not in key and "conv" not in key:
+        elif "vision" not in key and "conv.conv" not in key:
             fan = p.shape[1] if p.data_ptr() in ends or p.dim() == 2 else p.shape[-2]
             p.normal_(std=1.4 / math.sqrt(fan))
     model.generation_config.eos_token_id = [0, 1]
@@ -1283,42 +1201,31 @@ def zoo_model(name):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_loss_and_every_gradient_equal_those_of_each_sequence_alone(name, recomputed, capsys):
     """Without dropout, and with activations recomputed in backward too."""
-    if recomputed and name not in ("gpt2", "opt", "mixtral", "gemma2"):
+    if recomputed and name not in ("gpt2", "opt", "gemma2"):
         return
     folder, own = zoo_model(name)
     rng = np.random.default_rng(0)  # some sequences are longer than the windows
     rows = [example(rng.integers(3, 100, p + r), p)
             for p, r in ((5, 7), (1, 1), (20, 14), (9, 3), (2, 18))]
-    own.zero_grad()
-    expected = 0.0
-    for e in rows:
-        ids, prompt = torch.tensor(e.ids, dtype=torch.int64, device=DEVICE), int(e.mask.argmax())
-        loss = torch.nn.functional.cross_entropy(
-            own(input_ids=ids[None]).logits[0, prompt - 1:-1], ids[prompt:], reduction="sum")
-        loss.backward()
-        expected += loss.item()
     common.print_once.cache_clear()
     policy = common.load_policy(folder, config(gradient_checkpointing=recomputed))
-    assert common.is_packed(policy.model) == (not ZOO[name])
-    assert ZOO[name] in capsys.readouterr().out
-    loss = policy(common.collate(rows), dt.masked_nll_)
+    why_padded = ZOO[name]
+    assert common.is_packed(policy.model) == (not why_padded)
+    assert (why_padded or "") in capsys.readouterr().out
+    micro = common.collate(rows)
+    loss = policy(micro, dt.masked_nll_)
     loss.backward()
-    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    own.zero_grad()
+    expected = plain_nll_of(own, micro)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     ours = {key: p.grad for key, p in policy.model.named_parameters()}
-    floor = 1e-4 * math.sqrt(sum(p.grad.square().sum().item() for p in own.parameters()
-                                 if p.grad is not None))
-    for key, p in own.named_parameters():
-        if p.grad is None:  # an image tower
-            assert ours[key] is None or not ours[key].any(), key
-            continue
-        assert (ours[key] - p.grad).norm() < 1e-4 * max(p.grad.norm().item(), floor), key
-
-
-@torch.no_grad()
-def zoo_generate(own, prompt, stop):
-    ids = torch.tensor([prompt], device=DEVICE)
-    return own.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                        max_new_tokens=12, eos_token_id=stop, pad_token_id=0)[0, len(prompt):]
+    theirs = {key: p.grad for key, p in own.named_parameters() if p.grad is not None}
+    assert not any(grad.any() for key, grad in ours.items() if grad is not None
+                   and key not in theirs), "an image tower's"
+    floor = 1e-4 * math.sqrt(sum(grad.square().sum().item() for grad in theirs.values()))
+    for key, grad in theirs.items():
+        assert (ours[key] - grad).norm() < 1e-4 * max(grad.norm().item(), floor), key
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -1327,21 +1234,27 @@ def test_greedy_samples_and_log_probs_are_those_of_each_prompt_alone(name, monke
     folder, own = zoo_model(name)
     model, cfg = common.load_model(folder), config(max_response_tokens=12, temperature=0.8)
     prompts = [np.random.default_rng(n).integers(3, 100, n).tolist() for n in (3, 1, 17, 6, 24)]
-    free = [zoo_generate(own, prompt, [ZOO_V]).tolist() for prompt in prompts]
+
+    @torch.no_grad()
+    def generated(prompt, stop):
+        ids = torch.tensor([prompt], device=DEVICE)
+        said = own.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                            pad_token_id=0, max_new_tokens=12, eos_token_id=stop)
+        return said[0, len(prompt):].tolist()
+    free = [generated(prompt, [ZOO_V]) for prompt in prompts]
     stop = [free[2][4], free[3][-1]]  # ends rows at different steps
     greedy = sampled(model, [*prompts, prompts[2]], stop=stop, temperature=0.0)
     for prompt, response in zip(prompts, greedy):
-        assert response.ids == zoo_generate(own, prompt, stop).tolist()
+        assert response.ids == generated(prompt, stop)
         assert response.truncated == (response.ids[-1] not in stop)
     assert greedy[-1].ids == greedy[2].ids and not greedy[2].truncated
     drawn = sampled(model, prompts, seed=7, stop=stop, temperature=0.8)
     rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, drawn)]
-    again = log_probs_of(model, rows, cfg)
-    for row, response, log_probs in zip(rows, drawn, again):
-        ids, n = torch.tensor(row.ids, dtype=torch.int64, device=DEVICE), len(response.ids)
+    for row, response, log_probs in zip(rows, drawn, log_probs_of(model, rows, cfg)):
+        micro = common.collate([row])
         with torch.no_grad():
-            expected = (own(input_ids=ids[None]).logits[0, -n - 1:-1] / 0.8).log_softmax(-1)
-        expected = expected.gather(1, ids[-n:, None])[:, 0].tolist()
+            expected = (logits_of(own, micro)[micro.rows] / 0.8).log_softmax(-1)
+        expected = expected.gather(1, micro.targets[:, None])[:, 0].tolist()
         assert response.log_probs == pytest.approx(expected, abs=2e-4)
         assert log_probs == pytest.approx(expected, abs=2e-4)
 
@@ -1355,18 +1268,17 @@ def test_a_saved_policy_is_an_ordinary_folder_that_says_the_same(name, tmp_path)
     assert not any(common.PACKED in file.read_text() for file in tmp_path.glob("*.json"))
     saved, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32,
                                                          output_loading_info=True)
-    assert not any(report.values()) and saved.config._attn_implementation != common.PACKED
+    assert not any(report.values()) and set(saved.generation_config.eos_token_id) >= {0, 1}
     ids = torch.arange(3, 27)[None]
     with torch.no_grad():
         torch.testing.assert_close(saved.eval()(input_ids=ids).logits,
                                    own(input_ids=ids.to(DEVICE)).logits.cpu(), rtol=0, atol=1e-4)
-    assert set(saved.generation_config.eos_token_id) >= {0, 1}
 
 
 @pytest.mark.parametrize("fault, why", [("leak", "mixes tokens"), ("twice", "several times")])
 def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(fault, why, capsys):
     """By structure, not by size: a leak of a billionth is one."""
-    model = PLAIN()
+    model = tiny_model(dtype=torch.float32)
     model.set_attn_implementation("sdpa")
     if fault == "leak":
         model.model.layers[1].mlp.register_forward_hook(
@@ -1376,47 +1288,49 @@ def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(fault, wh
     common.print_once.cache_clear()
     assert not common.is_packed(common.enable_packing(model))
     assert why in capsys.readouterr().out
-    micro = common.collate(examples(5))
-    torch.testing.assert_close(nll_of(model, micro), plain_nll_of(model, micro))
 
 
 def zoo_refused():
     """What cannot be trained: its configuration, and what is said."""
     import transformers as t
     kw = dict(vocab_size=450, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-              num_attention_heads=4, num_key_value_heads=2, head_dim=24)
+              num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
     long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
             "long_factor": [2.0] * 8, "original_max_position_embeddings": 100}
-    kw16 = {**kw, "head_dim": 16}
     return {
-        "encoder-decoder": (t.BartConfig(vocab_size=450, d_model=16, encoder_layers=1,
-                                         decoder_layers=1), "is an encoder-decoder"),
+        "encoder-decoder": (t.BartConfig(vocab_size=450, d_model=16), "is an encoder-decoder"),
         "no head": (t.CLIPConfig(), "no causal language model of type clip"),
-        "looks ahead": (t.Gemma3TextConfig(**kw, use_bidirectional_attention=True), "looks ahead"),
-        "long rope": (t.Phi3Config(**kw16, max_position_embeddings=400, rope_parameters=long,
-                                   pad_token_id=0), "reads at most 100 tokens"),
-        "bias": (t.PhiConfig(vocab_size=450, hidden_size=64, num_hidden_layers=1,
-                             num_attention_heads=4), "without a bias"),
-        "no classifier": (t.GraniteConfig(**kw16), "no sequence classifier for granite.*"
+        "looks ahead": (t.Gemma3TextConfig(**kw, head_dim=24, use_bidirectional_attention=True),
+                        "looks ahead"),
+        "long rope": (t.Phi3Config(**kw, max_position_embeddings=400, rope_parameters=long),
+                      "reads at most 100 tokens"),
+        "bias": (t.PhiConfig(**kw), "without a bias"),
+        "no classifier": (t.GraniteConfig(**kw), "no sequence classifier for granite.*"
                           "--reward_model of another family")}
 
 
 @pytest.mark.parametrize("name", ["encoder-decoder", "no head", "looks ahead", "long rope", "bias",
-                                  "no classifier"])
+                                  "no classifier", "remote code"])
 def test_models_that_cannot_be_trained_are_refused_before_anything_is(name, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
-    configuration, why = zoo_refused()[name]
-    if name in ("looks ahead", "long rope"):
-        AutoModelForCausalLM.from_config(configuration).save_pretrained(tmp_path / "model")
-    configuration.save_pretrained(tmp_path / "model")
-    byte_level().save_pretrained(tmp_path / "model")
+    folder = tmp_path / "model"
+    if name == "remote code":
+        write(tmp_path / "ran.py", "raise SystemExit('their code ran')")
+        folder.mkdir()
+        write(folder / "config.json", {"model_type": "x", "auto_map": {"AutoConfig": "ran.X"}})
+        shutil.copy(tmp_path / "ran.py", folder)
+        why = "not a folder or Hub id with a causal language model"
+    else:
+        configuration, why = zoo_refused()[name]
+        if name in ("looks ahead", "long rope"):
+            AutoModelForCausalLM.from_config(configuration).save_pretrained(folder)
+        configuration.save_pretrained(folder)
+    byte_level().save_pretrained(folder)
     pairs = write(tmp_path / "p.jsonl", *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"}
                                           for i in range(30)))
-    said = launched(dt, ["--model", tmp_path / "model", "--preferences", pairs, "--out",
-                         tmp_path / "run", "--max_prompt_tokens", "64", "--max_response_tokens",
-                         "64"], capsys, 2)
-    assert re.search(why, said) and not list((tmp_path / "run").glob("[!.]*")), said
-    assert not list((tmp_path / "run").glob(".rm"))
+    said = launched(dt, ["--model", folder, "--preferences", pairs, "--out", tmp_path / "run",
+                         "--max_prompt_tokens", "64", "--max_response_tokens", "64"], capsys, 2)
+    assert re.search(why, said) and {p.name for p in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def change(folder, edit):
@@ -1429,33 +1343,26 @@ def change(folder, edit):
 
 def test_weights_that_are_missing_unknown_or_misshapen_are_named(tmp_path):
     up = "model.layers.1.mlp.up_proj.weight"
-    for i, (name, edit) in enumerate({
-            "lm_head.weight .missing": lambda w: w.pop("lm_head.weight"),
-            "value_head.weight .unexpected": lambda w: w.update(
-                {"value_head.weight": torch.ones(1, 16)}),
-            f"{up}.*mismatched": lambda w: w.update({up: torch.ones(3, 16)})}.items()):
-        folder = folder_of(tmp_path / str(i), byte_level())
-        common.load_model(folder)
-        change(folder, edit)
-        with pytest.raises(BadInput, match=name):
-            common.load_model(folder)
+    edits = {"lm_head.weight .missing": lambda w: w.pop("lm_head.weight"),
+             "other.weight .unexpected": lambda w: w.update({"other.weight": torch.ones(1, 16)}),
+             f"{up}.*mismatched": lambda w: w.update({up: torch.ones(3, 16)})}
+    for i, (why, edit) in enumerate(edits.items()):
+        change(folder_of(tmp_path / str(i), byte_level()), edit)
+        with pytest.raises(BadInput, match=why):
+            common.load_model(str(tmp_path / str(i)))
     folder = folder_of(tmp_path / "rm", byte_level(), "LlamaForSequenceClassification",
                        num_labels=1)
     change(folder, lambda w: w.update({"value_head.weight": w.pop("score.weight")}))
     with pytest.raises(BadInput, match=r"do not fit: score.weight \(missing\)"):
         reward_model.load_scorer(config(), folder)
-    weights = Path(folder, "model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:999])
+    Path(folder, "model.safetensors").write_bytes(b"cut")
     with pytest.raises(BadInput, match="not a folder or Hub id with weights"):
         reward_model.load_scorer(config(), folder)
     with pytest.raises(BadInput, match="resize_token_embeddings"):
         Codec(folder_of(tmp_path / "small", byte_level(), rows=300), config())
     folder = folder_of(tmp_path / "short", byte_level(bos=True), max_position_embeddings=129)
-    codec = Codec(folder, config())  # 64 + 64 and BOS
     with pytest.raises(BadInput, match="reward tag may take 130"):
-        codec.check_fits(" 7")
-
-
+        Codec(folder, config()).check_fits(" 7")  # 64 + 64 and BOS
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1484,10 +1391,10 @@ def samples_in(path, *columns):
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
-def test_every_shape_of_preferences_gives_the_same_pair(tmp_path, name, capsys):
+def test_every_shape_of_preferences_is_read_and_unusable_rows_are_counted(tmp_path, name, capsys):
     turns = [{"role": "user", "content": "Hi"}]
     reply = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
-    path = write(
+    pairs = pairs_in(write(
         tmp_path / name,
         {"chosen": TRANSCRIPT.format(1, "yes"), "rejected": TRANSCRIPT.format(1, "no")},
         {"prompt": "Hi", "chosen": "yes", "rejected": "no"},
@@ -1496,26 +1403,21 @@ def test_every_shape_of_preferences_gives_the_same_pair(tmp_path, name, capsys):
         {"prompt": turns, "chosen": reply[0], "rejected": reply[1]},
         {"prompt": turns, "chosen": turns + reply[0], "rejected": turns + reply[1]},
         {"chosen": TRANSCRIPT.format(1, "a"), "rejected": TRANSCRIPT.format(2, "b")},
-        {"prompt": "x", "chosen": "a", "rejected": " "})
-    pairs = pairs_in(path)
+        {**PAIR, "rejected": " "}))
     assert [p.prompt for p in pairs] == [TRANSCRIPT.format(1, "")[:-1], "Hi", "Hi", *[turns] * 3]
     assert {(p.chosen.strip(), p.rejected.strip()) for p in pairs} == {("yes", "no")}
-    said = capsys.readouterr().out
-    assert "6 of 8 rows used" in said and "left out: 1 that differ in more than the last" in said
-    assert "left out: 1 with an empty response" in said
+    assert ("6 of 8 rows used; left out: 1 that differ in more than the last response; left out: 1 "
+            "with an empty response") in capsys.readouterr().out
 
 
 def test_every_shape_of_samples_is_read_and_other_columns_are_named(tmp_path, capsys):
-    path = write(tmp_path / "s.jsonl", GOOD, {**GOOD, "extra": 1},
-                 {"messages": [*CHAT, REPLY], "reward": 2, "weight": 0.5, "truncated": True},
-                 {"messages": CHAT}, {"prompt": "p", "response": None, "reward": None},
-                 {**GOOD, "source": "vllm"})
-    assert samples_in(path) == [
-        Sample("p", "r", 1.0), Sample("p", "r", 1.0),
-        Sample(CHAT, REPLY["content"], 2.0, 0.5, truncated=True), Sample(CHAT), Sample("p"),
-        Sample("p", "r", 1.0, source="vllm")]
-    said = capsys.readouterr().out
-    assert "6 of 6 rows used; columns not read: extra" in said
+    assert samples_in(write(
+        tmp_path / "s.jsonl", {**GOOD, "extra": 1}, {"messages": CHAT}, {**GOOD, "source": "vllm"},
+        {"messages": [*CHAT, REPLY], "reward": 2, "weight": 0.5, "truncated": True},
+        {"prompt": "p", "response": None})) == [
+            Sample("p", "r", 1.0), Sample(CHAT), Sample("p", "r", 1.0, source="vllm"),
+            Sample(CHAT, REPLY["content"], 2.0, 0.5, truncated=True), Sample("p")]
+    assert "5 of 5 rows used; columns not read: extra" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -1523,24 +1425,20 @@ def test_columns_names_the_datas_own_columns_and_joins_them(tmp_path, kind, monk
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [{"question": f"Q{i}", "input": "more" if i else None, "answer": "A", "worse": "B",
              "score": i + 0.5} for i in range(3)]
-    path = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        write(path, *rows)
-    else:
+    path = Path(write(tmp_path / f"rows.{kind}", *rows))
+    if kind != "jsonl":
         datasets = pytest.importorskip("datasets")
         datasets.disable_progress_bars()
-        table = datasets.Dataset.from_list(rows)
-        path.write_text(json.dumps(rows)) if kind == "json" else getattr(table, f"to_{kind}")(path)
+        path.write_text(json.dumps(rows))
+        if kind != "json":
+            getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(path)
     prompts = ["Q0", "Q1\n\nmore", "Q2\n\nmore"]
     assert samples_in(path, "prompt=question+input", "response=answer", "reward=score") == [
         Sample(prompt, "A", i + 0.5) for i, prompt in enumerate(prompts)]
     assert pairs_in(path, "prompt=question+input", "chosen=answer", "rejected=worse") == [
         Preference(prompt, "A", "B") for prompt in prompts]
-    with pytest.raises(BadInput, match="has no reply; it has answer, input, question, score, worse"):
+    with pytest.raises(BadInput, match="no reply; it has answer, input, question, score, worse"):
         samples_in(path, "prompt=question", "response=reply")
-    for wrong in ("prompt", "prompt=", "text=question"):
-        with pytest.raises(BadInput, match="--columns takes ours=theirs"):
-            common.column_names([wrong])
 
 
 BAD_ROWS = [
@@ -1567,17 +1465,6 @@ def test_bad_rows_are_named_by_file_line_and_field(tmp_path, good, bad, message)
     assert "\n" not in str(problem.value) and len(str(problem.value)) < 500
 
 
-def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    for name, why in (("none.jsonl", "no such file"), ("rows.parquet", "cannot read it")):
-        with pytest.raises(BadInput, match=why):
-            pairs_in(tmp_path / name)
-    with mock.patch.dict(sys.modules, {"datasets": None}):
-        for source in (tmp_path / "rows.parquet", "someone/something"):
-            with pytest.raises(BadInput, match="`datasets`"):
-                pairs_in(source)
-
-
 def data_of(base, **flags):
     """What a run reads: data, and the rows that it labels."""
     cfg = config(rwr, **{"model": base, "held_out": 0.3, **flags})
@@ -1587,45 +1474,49 @@ def data_of(base, **flags):
 
 @pytest.mark.parametrize("names", ["all.jsonl", "{}.jsonl", "{}/rows.jsonl", "data-{}.jsonl"])
 def test_held_out_prompts_are_never_trained_on(tmp_path, base, names, capsys):
-    """By hash, or those of files and folders named test; a prompt in both is held out."""
-    folder = tmp_path / "data"
+    """By hash, or those of files and folders named test; what one source hides, none teaches."""
+    rows = []
     for name in ("train", "test"):
-        path = folder / names.format(name)
+        path = tmp_path / "data" / names.format(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{**PAIR, "prompt": f"{name}{i % 20}"} for i in range(40)] + [
-            {**PAIR, "prompt": "both"}]
-        before = lines_of(path) if path.exists() else []
-        write(path, *before, *rows)
-    samples = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"{part}{i}"} for i in range(20)
-                                            for part in ("train", "test", "new")))
-    data, rows = data_of(base, preferences=str(folder), samples=samples)
-    train, held_out = ({p.prompt for p in pairs} for pairs in (
-        data.preferences, data.held_out_preferences))
-    assert not train & held_out and len(data.preferences) + len(data.held_out_preferences) == 82
+        rows = rows * ("{" not in names)  # all in one file
+        rows += [{**PAIR, "prompt": p} for p in ("both", *(f"{name}{i % 20}" for i in range(40)))]
+        write(path, *rows)
+    flags = {"preferences": str(tmp_path / "data"), "samples_per_prompt": 2}
+    data, labelled = data_of(base, **flags)
     hidden = set(data.held_out_prompts)
-    assert held_out < hidden and any("new" in prompt for prompt in hidden)
-    assert not hidden & set(data.prompts) and not hidden & {row.prompt for row in rows}
-    assert len(rows) + len([p for p in hidden if p != "both"]) == 60
-    said = capsys.readouterr().out
-    assert f"{len(rows)} of 60 rows used; left out: {60 - len(rows)} with held-out prompts" in said
-    alone, rows = data_of(base, preferences=str(folder), samples_per_prompt=2)
-    assert len(rows) == 2 * len(alone.preferences) + 2 * len(alone.prompts)
-    assert not {row.prompt for row in rows} & set(alone.held_out_prompts)
-    by_name = {f"test{i}" for i in range(20)} | {"both"}
-    assert (set(alone.held_out_prompts) == by_name) == (names != "all.jsonl")
+    assert (hidden == {"both", *(f"test{i}" for i in range(20))}) == ("{" in names)
+    assert len(labelled) == 2 * len(data.preferences) + 2 * len(data.prompts)
+    assert hidden == {p.prompt for p in data.held_out_preferences}
+    assert not hidden & {row.prompt for row in labelled} and not hidden & set(data.prompts)
+    assert len(data.preferences) + len(data.held_out_preferences) == 82
+    samples = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"{name}{i}"} for i in range(20)
+                                            for name in ("train", "test", "new")))
+    data, labelled = data_of(base, samples=samples, **flags)
+    assert hidden < set(data.held_out_prompts)
+    assert not set(data.held_out_prompts) & {row.prompt for row in [*labelled, *data.preferences]}
+    said = f"{len(labelled)} of 60 rows used; left out: {60 - len(labelled)} with held-out prompts"
+    assert said in capsys.readouterr().out
 
 
-def test_prompts_too_few_to_hold_one_out_are_refused_only_where_something_is_evaluated(tmp_path,
-                                                                                       base):
-    path = write(tmp_path / "s.jsonl", {**GOOD, "prompt": "p0"}, {**GOOD, "prompt": "p1"})
-    with pytest.raises(BadInput, match="larger --held_out"):
-        data_of(base, samples=path, held_out=1e-9)
-    assert data_of(base, samples=path, held_out=1e-9, eval_prompts=0)[0].held_out_prompts == []
-    why = "0 of 2 rows used; left out: 1 with an empty prompt; left out: 1 with prompts longer"
-    with pytest.raises(BadInput, match=why):
-        data_of(base, samples=write(path, {**GOOD, "prompt": " "}, {**GOOD, "prompt": "x" * 999}))
-    with pytest.raises(BadInput, match="line 1.*has no reward: give --reward_model"):
-        data_of(base, samples=write(path, {"prompt": "p", "response": "r"}))
+def test_data_of_which_nothing_could_be_learnt_are_refused(tmp_path, base):
+    path = tmp_path / "s.jsonl"
+    for rows, why in (
+            ([GOOD, {**GOOD, "prompt": "p1"}], "larger --held_out"),
+            ([{**GOOD, "prompt": " "}, {**GOOD, "prompt": "x" * 999}], "0 of 2 rows used; left "
+             "out: 1 with an empty prompt; left out: 1 with prompts longer than --max_prompt"),
+            ([{"prompt": "p", "response": "r"}], "line 1.*has no reward: give --reward_model")):
+        with pytest.raises(BadInput, match=why):
+            data_of(base, samples=write(path, *rows), held_out=1e-9)
+    rows = [{**GOOD, "response": "", "truncated": True}] * 2
+    cfg = config(model=base, samples=write(path, *rows), out=str(tmp_path), held_out=1e-9)
+    with pytest.raises(BadInput, match="no token to learn"):
+        common.read_samples(path, cfg, Stage(base, {}))
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    with mock.patch.dict(sys.modules, {"datasets": None}):
+        for source in ("none.jsonl", "rows.parquet"):
+            with pytest.raises(BadInput, match="no such file|`datasets`"):
+                pairs_in(tmp_path / source)
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -1634,15 +1525,14 @@ FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, 
          (rwr, "--w_max -1", "--w_max"), (dt, "--targt 1", "--targt"), (rwr, "--lr nan", "--lr"),
          (dt, "--target high", "--target"), (dt, "--condition_dropout 0", "--guidance"),
          (dt, "--emphasis -1", "--emphasis"), (dt, "--epochs 1 --steps 1", "--epochs"),
-         (dt, "--samples s.jsonl", "--samples"),
-         (dt, "--steps few", "--steps"), (rwr, "--model m", "--model goes with"),
-         (rwr, "--preferences p", "--model"), (dt, "--held_out 1", "--held_out"),
-         (dt, "--temperature -1", "--temperature"), (dt, "--seed -1", "--seed"),
-         (dt, "--batch_size 0", "--batch_size"), (dt, "--max_prompt_tokens 0", "--max_prompt"),
-         (dt, "--columns prompt", "--columns"), (ppo_baseline, "--clip 0", "--clip"),
+         (dt, "--samples s.jsonl", "--samples"), (dt, "--steps few", "--steps"),
+         (rwr, "--model m", "--model goes with"), (rwr, "--preferences p", "--model"),
+         (dt, "--held_out 1", "--held_out"), (dt, "--temperature -1", "--temperature"),
+         (dt, "--seed -1", "--seed"), (dt, "--batch_size 0", "--batch_size"),
+         (dt, "--columns prompt", "--columns"), (dt, "--columns text=x", "--columns"),
+         (ppo_baseline, "--clip 0", "--clip"), (ppo_baseline, "--gae_lambda 2", "--gae_lambda"),
          (ppo_baseline, "--batch_size 8 --rollout_batch_size 4", "--rollout_batch_size"),
          (ppo_baseline, "--temperature 0", "--temperature"),
-         (ppo_baseline, "--gae_lambda 2", "--gae_lambda"),
          (reward_model, "--model /no/model --preferences /no/file.jsonl", "/no/model"),
          (rwr, "--config /no/file.yaml", "/no/file.yaml")]
 
@@ -1662,38 +1552,36 @@ def test_flags_come_from_a_file_and_the_command_line_wins(tmp_path):
     assert cfg.gradient_checkpointing and cfg.judge is None and cfg.out == "runs/toy"
     cfg = common.parse(dt.Config, ["--config", str(path), "--epochs", "4"])
     assert (cfg.epochs, cfg.steps) == (4, None), "epochs in place of the file's steps"
-    for text, word in (("lr: [", "run.yaml"), ("7", "run.yaml"), ("lr: -1", "--lr"),
-                       ("nonsense: 1", "--nonsense")):
+    for text, word in (("lr: [", "run.yaml"), ("7", "run.yaml"), ("nonsense: 1", "--nonsense")):
         path.write_text(text)
         with pytest.raises(BadInput, match=word):
             common.parse(rwr.Config, ["--config", str(path)])
 
 
-def test_bad_folders_end_in_one_sentence_and_status_2(tmp_path, base, capsys):
-    samples = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"p{i}"} for i in range(30)))
-    flags = ["--samples", samples, "--max_prompt_tokens", "64", "--max_response_tokens", "64"]
-    said = launched(rwr, ["--model", tmp_path, *flags, "--out", tmp_path / "run"], capsys, 2)
-    assert "not a folder or Hub id" in said
-    assert "s.jsonl" in launched(rwr, ["--out", tmp_path / "s.jsonl" / "run"], capsys, 2)
-    for flag in ("--judge", "--reward_model"):  # looked at before anything is trained
-        said = launched(rwr, ["--model", base, *flags, flag, tmp_path / "no", "--out",
-                              tmp_path / "run"], capsys, 2)
-        assert "sequence classifier" in said and not list((tmp_path / "run").glob("[!.]*"))
-    with open(tmp_path / "run" / ".lock", "w") as lock:
+def test_folders_that_cannot_be_used_are_one_sentence_before_anything_is_trained(
+        small, tmp_path, capsys):
+    out = tmp_path / "run"
+    for flags, why in ((["--model", tmp_path], "not a folder or Hub id"),
+                       (["--judge", tmp_path / "no"], "sequence classifier"),
+                       (["--reward_model", tmp_path / "no"], "sequence classifier"),
+                       (["--judge", f"{tmp_path}/no.py:f"], "no.py:f: no such file"),
+                       (["--out", tmp_path / "rows.jsonl" / "run"], "rows.jsonl")):
+        assert why in launched(rwr, [*small, *flags], capsys, 2)
+        assert not list(out.glob("[!.]*"))
+    with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = launched(rwr, ["--out", tmp_path / "run"], capsys, 2)
-        assert "another run is at work there" in said
+        assert "another run is at work there" in launched(rwr, small, capsys, 2)
 
 
 # ----------------------------------------------------------- functions as reward models and judges
 
 REWARDS = '''
+import os
 def polite(prompts, responses):
+    if "prompt 25" in prompts and os.environ.pop("STOP", ""):
+        raise KeyboardInterrupt
     return [len(response) + 0.5 for response in responses]
-
-def cut(prompts, responses, truncated):
-    return [float(is_cut) for is_cut in truncated]
-
+def cut(prompts, responses, truncated): return list(map(float, truncated))
 def few(prompts, responses): return [1.0]
 def nan(prompts, responses): return [float("nan")] * len(responses)
 def nothing(prompts, responses): pass
@@ -1708,36 +1596,32 @@ def small(base, tmp_path):
     """A command line for a run of two steps: a tiny model, all three kinds of rows, a reward that
     is a function."""
     (tmp_path / "rewards.py").write_text(REWARDS)
-    rows = [{"prompt": f"prompt {i // 2}", **[{"response": "given", "reward": i},
-                                               {"response": f"to score {i}"}, {}][i % 3]}
-            for i in range(60)]
-    samples = write(tmp_path / "rows.jsonl", *rows)
+    kinds = [{"response": "given", "reward": 2}, {"response": "to score"}, {}]
+    samples = write(tmp_path / "rows.jsonl", *({"prompt": f"prompt {i // 2}", **kinds[i % 3]}
+                                               for i in range(60)))
     return ["--model", base, "--samples", samples, "--reward_model",
             tmp_path / "rewards.py:polite", "--out", tmp_path / "run", "--dtype", "fp32",
             "--max_prompt_tokens", "32", "--max_response_tokens", "8", "--batch_size", "8",
-            "--eval_prompts", "4", "--held_out", "0.2", "--samples_per_prompt", "2", "--steps", "2"]
+            "--eval_prompts", "16", "--held_out", "0.2", "--samples_per_prompt", "2", "--steps",
+            "2"]
 
 
 def test_samples_of_all_three_kinds_are_answered_and_scored_in_their_order(small, tmp_path, capsys):
     """What the run leaves is complete, and a valid --samples itself."""
-    launched(mle_filter, [*small, "--eval_prompts", "16"], capsys)
+    launched(mle_filter, small, capsys)
     labelled = lines_of(tmp_path / "run" / "samples.jsonl")
-    held_out = {row["prompt"] for row in lines_of(next((tmp_path / "run" / "evaluation").iterdir()))}
+    held_out = {row["prompt"] for row in lines_of(tmp_path / "run" / "evaluation" / "base.jsonl")}
     expected = [row for row in lines_of(tmp_path / "rows.jsonl") if row["prompt"] not in held_out
                 for _ in range(1 if "response" in row else 2)]
     assert len(labelled) == len(expected) > 40
     for row, given in zip(labelled, expected):
-        assert row["prompt"] == given["prompt"]
         assert row["source"] == ("given" if "response" in given else "generated")
-        assert row["response"] == given.get("response", row["response"])
-        assert row["reward"] == given.get("reward", len(row["response"]) + 0.5)
-        assert row["truncated"] in (True, False)
+        filled = {"response": row["response"], "reward": len(row["response"]) + 0.5, **given}
+        assert row == {**filled, "source": row["source"], "truncated": row["truncated"]}
     drawn = [row["response"] for row in labelled if row["source"] == "generated"]
     assert len(set(drawn)) > len(drawn) / 2, "each is drawn anew"
-    said = launched(mle_filter, [*small, "--samples", tmp_path / "run" / "samples.jsonl",
-                                 "--out", tmp_path / "again", "--eval_prompts", "0",
-                                 "--held_out", "1e-9"], capsys)
-    assert f"{len(labelled)} of {len(labelled)} rows used" in said
+    launched(mle_filter, [*small, "--samples", tmp_path / "run" / "samples.jsonl", "--out",
+                          tmp_path / "again", "--eval_prompts", "0", "--held_out", "1e-9"], capsys)
     assert lines_of(tmp_path / "again" / "samples.jsonl") == labelled
 
 
@@ -1745,16 +1629,14 @@ def test_a_function_labels_scores_rollouts_and_judges(small, tmp_path, capsys):
     said = launched(ppo_baseline, [*small, "--judge", f"{tmp_path}/rewards.py:cut",
                                    "--rollout_batch_size", "8"], capsys)
     assert "critic starts from the base policy with a new head" in said
-    rows = lines_of(tmp_path / "run" / "evaluation" / "ppo_kl_0.05.jsonl")
     labelled = lines_of(tmp_path / "run" / "samples.jsonl")
     rewards = np.array([row["reward"] for row in labelled])
-    for row in rows:
+    for row in lines_of(tmp_path / "run" / "evaluation" / "ppo_kl_0.05.jsonl"):
         assert row["gold"] == float(row["truncated"])
         z = (len(row["response"]) + 0.5 - rewards.mean()) / rewards.std()
         assert row["reward"] == pytest.approx(z)
     assert lines_of(tmp_path / "run" / "ppo" / "metrics.jsonl")[1]["value_loss"] > 0
-    with open(tmp_path / "rewards.py", "a") as file:
-        file.write("# changed\n")
+    (tmp_path / "rewards.py").write_text(REWARDS + "# changed\n")
     said = launched(rwr, small, capsys, 2)
     assert "samples.jsonl: was made with other settings: reward_model was" in said
 
@@ -1769,118 +1651,100 @@ def test_a_function_that_fails_is_named_and_its_own_errors_are_shown(small, tmp_
     if isinstance(why, str):
         said = launched(rwr, flags, capsys, 2)
         assert why in said and f"rewards.py:{name}" in said
-        said = launched(rwr, [*small, "--judge", f"{tmp_path}/no.py:f"], capsys, 2)
-        assert "no.py:f: no such file" in said
     else:
         with pytest.raises(why) as problem:
             launched(rwr, flags, capsys)
-        assert "rewards.py" in str(problem.getrepr(chain=True))
+        assert "in " + name in str(problem.getrepr(chain=True, style="native"))
     assert not (tmp_path / "run" / "rwr").exists()
 
 
 # ----------------------------------------------------------------------------------------- stages
 
 
-def fingerprints(folder):
-    """Every file of a run, but for locks and logs: its bytes, and when it was written."""
+def contents(folder):
+    """Every file of a run, but for its lock: its bytes, and when it was written."""
     return {path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
-            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
-            and ".tokens" not in path.parts}
+            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 def test_finished_stages_of_other_settings_are_refused_and_nothing_is_trained_or_deleted(
         base, tmp_path, capsys):
     """Flags changed at every stage of a run; only the script's own policy is trained anew."""
     model, out = shutil.copytree(base, tmp_path / "model"), tmp_path / "run"
-    pairs = write(tmp_path / "p.jsonl", *({**PAIR, "prompt": f"p{i}"} for i in range(40)))
-    other = write(tmp_path / "q.jsonl", *({**PAIR, "prompt": f"p{i}"} for i in range(41)))
+    rows = [{**PAIR, "prompt": f"p{i}"} for i in range(41)]
+    pairs, other = (write(tmp_path / f"{n}.jsonl", *rows[:n]) for n in (40, 41))
+    samples = write(tmp_path / "s.jsonl", *({**GOOD, "prompt": f"{i}"} for i in range(30)))
     flags = ["--model", model, "--preferences", pairs, "--out", out, "--dtype", "fp32",
              "--max_prompt_tokens", "32", "--max_response_tokens", "8", "--held_out", "0.2",
              "--batch_size", "8", "--steps", "2", "--eval_prompts", "2"]
     launched(reward_model, flags, capsys)
     flags += ["--samples_per_prompt", "2"]
     launched(dt, flags, capsys)
-    before = fingerprints(out)
+    before = contents(out)
     for module, changed, place, difference in (
             (dt, ["--temperature", "0"], "samples.jsonl", "temperature was 1.0, now 0.0"),
-            (dt, ["--samples_per_prompt", "1"], "samples.jsonl", "samples_per_prompt was 2, now 1"),
-            (rwr, ["--seed", "1"], "rm", "seed was 0, now 1"),
             (ppo_baseline, ["--rollout_batch_size", "8", "--samples_per_prompt", "1"],
              "samples.jsonl", "samples_per_prompt was 2, now 1"),
+            (dt, ["--samples", samples], "samples.jsonl", "samples was None"),
+            (rwr, ["--seed", "1"], "rm", "seed was 0, now 1"),
             (dt, ["--held_out", "0.3"], "rm", "held_out was 0.2, now 0.3"),
             (dt, ["--max_response_tokens", "9"], "rm", "max_response_tokens was 8, now 9"),
             (dt, ["--preferences", other], "rm", "preferences was"),
-            (dt, ["--samples", write(tmp_path / "s.jsonl", GOOD, *({**GOOD, "prompt": f"{i}"}
-                                     for i in range(30)))], "samples.jsonl", "samples was None"),
             (reward_model, ["--lr", "0.5"], "rm", "lr was 1e-05, now 0.5")):
         said = launched(module, [*flags, *changed], capsys, 2)
         assert f"{out}/{place}: was made with other settings: {difference}" in said, said
         assert "another --out" in said and "delete it" in said
-        assert fingerprints(out) == before, changed
+        assert contents(out) == before, changed
     (model / "README.md").write_text("changed")
     said = launched(mle_filter, [*flags, "--eval_temperature", "0"], capsys)
-    assert said.count("from before") == 2 and "samples: to be made" not in said
-    said = launched(dt, [*flags, "--reward_model", out / "rm", "--lr", "1e-4", "--eval_prompts",
-                         "0"], capsys)
+    assert said.count("from before") == 2
+    said = launched(dt, [*flags, "--reward_model", out / "rm", "--lr", "1e-4"], capsys)
     assert "dt: trained anew, because lr was 1e-05, now 0.0001" in said
     assert "samples.jsonl, from before" in said, "OUT/rm is the run's own"
-    after = fingerprints(out)
-    assert {p: f for p, f in before.items() if p.parts[0] in ("rm", "samples.jsonl")}.items() <= (
-        after.items())
-    assert lines_of(out / "dt" / "metrics.jsonl")[1]["lr"] == pytest.approx(1e-4)
+    after = contents(out)
+    assert all(after[path] == file for path, file in before.items()
+               if path.parts[0] in ("rm", "samples.jsonl", ".samples.json"))
     change(model, lambda w: w["model.norm.weight"].mul_(1.5))
-    assert "model was" in launched(dt, flags, capsys, 2) and fingerprints(out) == after
-    with open(out / "samples.jsonl", "a") as file:
-        file.write(json.dumps(GOOD) + "\n")
+    assert "model was" in launched(dt, flags, capsys, 2) and contents(out) == after
     shutil.copy(Path(base, "model.safetensors"), model)
+    write(out / "samples.jsonl", *lines_of(out / "samples.jsonl"), GOOD)
     assert "was changed since a run made it" in launched(dt, flags, capsys, 2)
 
 
 def test_unfinished_work_and_what_no_run_made_are_refused_before_finished_work_is_touched(
         small, tmp_path, capsys):
-    out = tmp_path / "run"
+    out, own = tmp_path / "run", tmp_path / "own"
     launched(rwr, small, capsys)
     settings = json.loads((out / "rwr" / "run.json").read_text())["settings"]
     work = out / ".rwr"
     (work / "checkpoints" / "00000001").mkdir(parents=True)
     (work / "run.json").write_text(json.dumps({"settings": {**settings, "beta": 7}}))
-    before = fingerprints(out)
+    own.mkdir()
+    write(own / "samples.jsonl", GOOD)
+    before = contents(tmp_path)
     said = launched(rwr, [*small, "--beta", "3"], capsys, 2)
     assert f"{work}: holds unfinished work of other settings: beta was 7, now 3" in said
-    assert fingerprints(out) == before
-    (tmp_path / "own").mkdir()
-    mine = Path(write(tmp_path / "own" / "samples.jsonl", GOOD))
-    said = launched(rwr, [*small, "--out", tmp_path / "own"], capsys, 2)
-    assert "samples.jsonl: exists, and no run made it" in said and lines_of(mine) == [GOOD]
-    assert sorted(p.name for p in (tmp_path / "own").glob("[!.]*")) == ["samples.jsonl"]
-    begun = out / ".samples.jsonl"
-    (out / "samples.jsonl").unlink()
-    write(begun, *[GOOD] * 3)
+    said = launched(rwr, [*small, "--out", own], capsys, 2)
+    assert "samples.jsonl: exists, and no run made it" in said and contents(tmp_path) == before
+    (out / "samples.jsonl").rename(out / ".samples.jsonl")
     (out / ".samples.json").write_text(json.dumps({"settings": {"temperature": 9}}))
+    before = contents(out)
     said = launched(mle_filter, small, capsys, 2)
     assert "holds unfinished work of other settings: temperature was 9" in said
-    assert lines_of(begun) == [GOOD] * 3
+    assert contents(out) == before
 
 
 def test_labelling_goes_on_where_a_kill_left_it_bit_for_bit(small, tmp_path, monkeypatch, capsys):
     """Also after a torn last line."""
     monkeypatch.setattr(common, "LABELLED_TOGETHER", 8)
-    (tmp_path / "rewards.py").write_text("""
-import os
-def polite(prompts, responses):
-    if "prompt 25" in prompts and os.environ.pop("STOP", ""):
-        raise KeyboardInterrupt
-    return [len(response) + 0.5 for response in responses]
-""")
     monkeypatch.setenv("STOP", "1")
-    flags = [*small, "--eval_prompts", "0"]
+    flags, begun = [*small, "--eval_prompts", "0"], tmp_path / "run" / ".samples.jsonl"
     assert "the same command resumes" in launched(mle_filter, flags, capsys, 130)
-    begun = tmp_path / "run" / ".samples.jsonl"
-    done = len(lines_of(begun))
-    assert done % 8 == 0 < done and not (tmp_path / "run" / "samples.jsonl").exists()
+    done = lines_of(begun)
+    assert len(done) % 8 == 0 < len(done) and not (tmp_path / "run" / "samples.jsonl").exists()
     with open(begun, "a") as file:
-        file.write(begun.read_text().splitlines()[0] + '\n{"prompt": "half a li')
-    assert f"{done} samples already labelled" in launched(mle_filter, flags, capsys)
+        file.write(json.dumps(done[0]) + '\n{"prompt": "half a li')
+    assert f"{len(done)} samples already labelled" in launched(mle_filter, flags, capsys)
     launched(mle_filter, [*flags, "--out", tmp_path / "whole"], capsys)
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (
         tmp_path / "whole" / "samples.jsonl").read_bytes()
@@ -1894,7 +1758,7 @@ def make_weights(work, cost):
 
 def build(folder, lr, make=make_weights):
     """Builds a stage of these settings."""
-    stage = Stage(str(Path(folder, "dt")), {"lr": lr}, make, shared=False)
+    stage = Stage(str(folder / "dt"), {"lr": lr}, make, shared=False)
     common.build_stages(config(out=str(folder)), stage)
 
 
@@ -1930,16 +1794,11 @@ def test_a_stage_that_is_killed_at_any_moment_is_built_by_the_next_command(tmp_p
 
 
 def test_a_failed_stage_and_a_full_disk_leave_what_was_there(tmp_path, capsys):
-    def interrupted(work, cost):
-        (work / "half").write_text("")
-        raise KeyboardInterrupt
-    build(tmp_path, 1)
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, 2, interrupted)
-    assert (tmp_path / "dt" / "weights").read_text() == "{'lr': 1}"
-
     def main(cfg):
-        common.write_beside(tmp_path / "dt" / "weights", ["new"])
+        build(tmp_path, cfg.seed, lambda work, cost: 1 / 0)
+    build(tmp_path, 1)
+    with pytest.raises(ZeroDivisionError):
+        build(tmp_path, 2, lambda work, cost: 1 / 0)
     with mock.patch.object(Path, "replace", side_effect=OSError(28, "No space left on device")):
         said = launched(mock.Mock(main=main, Config=rwr.Config), ["--out", tmp_path], capsys, 2)
     assert "No space left on device; what was there before is untouched" in said
@@ -1954,16 +1813,14 @@ def test_the_whole_road_leaves_a_run_as_documented(run, tmp_path, capsys):
     for name in ("base", "rm", "dt"):
         assert {"config.json", "model.safetensors", "tokenizer.json", "run.json",
                 "README.md"} <= {p.name for p in (out / name).iterdir()}
-    rows = lines_of(out / "samples.jsonl")
-    sources = [row["source"] for row in rows]
+    rows, lines = lines_of(out / "samples.jsonl"), lines_of(out / "dt" / "metrics.jsonl")
     prompts = {row["prompt"] for row in rows}
-    assert sources == ["chosen"] * 4000 + ["rejected"] * 4000 + ["generated"] * len(prompts)
-    lines = lines_of(out / "dt" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(8))
-    assert {"loss", "lr", "grad_norm", "tokens", "seconds", "flops"} <= set(lines[0])
+    assert [row["source"] for row in rows] == (
+        ["chosen"] * 4000 + ["rejected"] * 4000 + ["generated"] * len(prompts))
+    assert [line["step"] for line in lines] == list(range(8)) and lines[0]["lr"] > 0
     table = lines_of(out / "leaderboard.jsonl")
-    variants = ["", "target -1", "target 0", "target q99", "target q99, guidance 0.5"]
-    assert [row["variant"] for row in table] == variants and table[1]["target"] == -1
+    assert [row["variant"] for row in table] == [
+        "", "target -1", "target 0", "target q99", "target q99, guidance 0.5"]
     assert table[0]["win_rate"] == 0.5 and abs(table[0]["kl_to_base"]) < 1e-3
     costs = [json.loads((out / name).read_text())["cost"]["flops"]
              for name in ("rm/run.json", ".samples.json", "dt/run.json")]
@@ -1973,9 +1830,8 @@ def test_the_whole_road_leaves_a_run_as_documented(run, tmp_path, capsys):
     assert len(evaluated) == 12 and not {row["prompt"] for row in evaluated} & prompts
     assert np.mean([row["gold"] for row in evaluated]) == pytest.approx(table[3]["gold"])
     copy = shutil.copytree(out, tmp_path / "copy")
-    flags = ["--out", copy, "--steps", "2", "--batch_size", "8", "--eval_prompts", "12",
-             "--samples_per_prompt", "1"]
-    said = launched(mle_filter, flags, capsys)
+    flags = ["--out", copy, "--steps", "2", "--batch_size", "8", "--samples_per_prompt", "1"]
+    said = launched(mle_filter, [*flags, "--eval_prompts", "12"], capsys)
     assert said.count("from before") == 3 and "dt target q99" in said
     said = launched(mle_filter, [*flags, "--eval_prompts", "11"], capsys)
     assert "dt target q99" not in said and "4 row(s) of other prompts" in said
