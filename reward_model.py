@@ -180,8 +180,7 @@ def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more
     """A reward model's folder.  Raises BadInput if it is none."""
     model = common.load_model(folder, dtype, where, "AutoModelForSequenceClassification", **more)
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
-                   f"{folder}: not a reward model: it needs a sequence classifier with "
-                   "num_labels=1 and a `score` head")
+                   f"{folder}: not a reward model: it needs num_labels=1 and a `score` head")
     return model
 
 
@@ -265,20 +264,20 @@ def for_run(cfg: common.Config, base: Stage, data: Data) -> Optional[Stage]:
     if not data.preferences:
         print0("no reward model: --samples bring the rewards, and evaluation shows none")
         return None
-    stage = Stage(str(Path(cfg.out, "rm")), {})
+    folder = Path(cfg.out, "rm")
     if not isinstance(cfg, Config):
         own = {"lr", "epochs", "steps", "batch_size"}
         shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in own}
-        record = common.read_record(common.record_of(stage.path)) or common.read_record(
-            common.record_of(stage.work))
-        before = {k: v for k, v in record.get("settings", {}).items() if k in own}
-        cfg = Config(**(TOY if cfg.toy else {}) | shared | before)
+        finished, begun = (common.read_record(Path(cfg.out, name, "run.json"))
+                           for name in ("rm", ".rm"))
+        before = (finished or begun).get("settings", {})
+        kept = {name: before[name] for name in own & before.keys()}
+        cfg = Config(**(TOY if cfg.toy else {}) | shared | kept)
     flags = cfg.training_flags()
     print0("reward model: " + ", ".join(f"{name} {value}" for name, value in flags.items()))
-    stage.settings = {**common.data_settings(cfg), **flags, "base": base.fingerprint}
-    stage.make = functools.partial(train, cfg, base, data)
-    stage.load = functools.partial(load_scorer, cfg, stage.path)
-    return stage
+    return Stage(str(folder), {**common.data_settings(cfg), **flags, "base": base.fingerprint},
+                 functools.partial(train, cfg, base, data),
+                 functools.partial(load_scorer, cfg, str(folder)))
 
 
 def judge(cfg: common.Config) -> Optional[Stage]:
