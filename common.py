@@ -1233,16 +1233,14 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
 
     Raises TypeError for what it cannot do: a mask of the model's own, sinks, a soft-cap, ...
     """
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    heads, t = query.shape[1:3]
     given = {"attention_mask": attention_mask, **more}
     unknown = [name for name in given if given[name] is not None and name not in IGNORED]
-    if unknown or (is_causal is False and t > 1):
+    if unknown or (is_causal is False and query.shape[2] > 1):
         raise TypeError(f"its attention takes {', '.join(unknown) or 'is_causal=False'}")
     if kv_step is not None:
         return kv_step.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
                               max_length_q), None
-    group, window = heads // key.shape[1], sliding_window or 2**31
+    group, window = query.shape[1] // key.shape[1], sliding_window or 2**31
     if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
@@ -1250,18 +1248,25 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
             q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), cu_seq_lens_q,
             cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
             window_size=(window - 1 if window < max_length_q else -1, 0))[None], None
-    if cu_seq_lens_q is not None:
-        lengths = cu_seq_lens_q.diff().tolist()
-        sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
-        return torch.cat([attention(module, *qkv, None, scaling, sliding_window=sliding_window)[0]
-                          for qkv in sequences], dim=1), None
-    band = None
+    if cu_seq_lens_q is None:
+        return causal_attention(query, key, value, scaling, window).contiguous(), None
+    lengths = cu_seq_lens_q.diff().tolist()
+    sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)))
+    return torch.cat([causal_attention(*qkv, scaling, window) for qkv in sequences], dim=1), None
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     scaling: Optional[float], window: int) -> torch.Tensor:
+    """Whole sequences' causal attention within a window: (B, heads, T, D) -> (B, T, heads, D)."""
+    band, t = None, query.shape[2]
     if t > window:
         band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - window)
     if query.is_cuda:  # its fast float32 kernels know no grouped heads
+        group = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    return sdpa(query, key, value, band, is_causal=band is None, scale=scaling,
-                enable_gqa=True).transpose(1, 2).contiguous(), None
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, band, is_causal=band is None, scale=scaling,
+        enable_gqa=True).transpose(1, 2)
 
 
 def body_of(model: Any) -> Any:

@@ -78,8 +78,8 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
     log_z = x.logsumexp(dim=1)                                                      # (N,)
-    p = (x - log_z[:, None]).exp()                                                  # (N, V)
-    entropy = log_z - (p * x).sum(dim=1)                                            # (N,)
+    # p stands here twice, as torch 2.13 fails to compile it on a CPU when it is shared
+    entropy = log_z - ((x - log_z[:, None]).exp() * x).sum(dim=1)                   # (N,)
     log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z                       # (N,)
     log_ratio = (log_p - old_log_prob).clamp(-20, 20)
     ratio = log_ratio.exp()
@@ -88,6 +88,7 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
     # d loss / d log p[target] is -A rho where the clip does not bite, else 0; d log p[target] / d x
     # is one_hot - p; over the temperature, by the chain rule
     slope = torch.where(plain < clipped, 0.0, plain)  # NaN stays
+    p = (x - log_z[:, None]).exp()                                                  # (N, V)
     gradient = is_target.to(x.dtype) * slope[:, None] - p * slope[:, None]          # (N, V)
     logits.copy_(gradient / temperature)
     statistics += torch.stack([(log_ratio.square() / 2).sum(),
