@@ -10,6 +10,8 @@ of the sampler's cache.
 from __future__ import annotations
 
 import contextlib
+import copy
+import csv
 import fcntl
 import functools
 import gc
@@ -223,6 +225,11 @@ class Config:
         for name, lowest in least.items():
             value = getattr(self, name)
             require(value is None or value >= lowest, f"--{name} must be at least {lowest}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, list) else [value]:
+                require(not isinstance(number, float) or math.isfinite(number),
+                        f"--{f.name} must be a finite number, not {number}")
         require(0 < self.held_out < 1, f"--held_out must lie in (0, 1), not {self.held_out}")
         require(self.lr > 0, f"--lr must be above 0, not {self.lr}")
         require(self.toy == (not self.preferences and not self.samples),
@@ -378,6 +385,9 @@ def is_finished(stage: Stage) -> bool:
                 f"{path}: exists, and has no record of a run; move it, or give another --out")
         changes = differences(record["settings"], stage.settings)
         if not changes:
+            require(not stage.shared or record["content"] == content_hash(str(path), MODEL_FILES),
+                    f"{path}: was changed since a run made it; give it by its own flag and another "
+                    "--out, or delete it to make it anew")
             print0(f"{path.stem}: {path}, from before")
             return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
@@ -416,7 +426,8 @@ def build_stage(cfg: Config, stage: Stage) -> None:
         cost.seconds += time.perf_counter() - start
         cost.flops, = sum_over_ranks(cost.flops)
         gc.collect()  # sharded models are cycles, and the next stage needs the memory
-        record = {**record, "cost": asdict(cost), **extra}
+        content = content_hash(str(work), MODEL_FILES)
+        record = {**record, "content": content, "cost": asdict(cost), **extra}
     if rank() == 0:
         write_beside(record_of(work), [json.dumps(record, indent=1)])
         for scratch in ("checkpoints", "tokens"):
@@ -450,8 +461,11 @@ MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "*token
                "*.model", "vocab*", "merges.txt")
 
 
+DATA_FILES = ("**/*.jsonl", "**/*.jsonl.gz", "**/*.json", "**/*.parquet", "**/*.csv")
+
+
 @functools.cache
-def content_hash(source: Optional[str], patterns: tuple[str, ...] = ("**/*",)) -> Optional[str]:
+def content_hash(source: Optional[str], patterns: tuple[str, ...] = DATA_FILES) -> Optional[str]:
     """Twelve hex digits of the hash of a file, or of a folder's files that match; rank 0 reads
     them, about a gigabyte a second.  A Hub id is returned as it is."""
     if not source or not Path(source).exists():
@@ -510,6 +524,8 @@ def load_errors(name: str, what: str) -> Iterator[None]:
     """transformers' own errors on a folder or Hub id, as one sentence."""
     try:
         yield
+    except BadInput:
+        raise
     except Exception as problem:  # of many libraries, safetensors' own among them
         why = str(problem).strip().split("\n")[0][:200]
         raise BadInput(f"{name}: not a folder or Hub id with {what} that transformers can load "
@@ -561,7 +577,7 @@ class Codec:
     def check_fits(self, tag: str = "") -> None:
         """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
         prompt, BOS, reward tag and response."""
-        size, extra = len(self.tokenizer), len(self.bos + self.encode(tag))
+        size, extra = len(self.tokenizer), len(self.bos + self.encode(tag + self.turn_tail))
         need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + extra
         for shape in self.shapes:
             embeddings = getattr(shape, "vocab_size", None) or math.inf
@@ -590,15 +606,14 @@ class Codec:
     def render_turn(self, prompt: list[dict], response: str) -> tuple[str, str]:
         """The template's text that asks for a reply, and its text with this reply.
 
-        Raises BadInput unless the second begins with the first, LeftOut if the template refuses.
+        Raises LeftOut unless the second begins with the first, or if the template refuses.
         """
         asked = self._render(prompt, True)
         whole = self._render([*prompt, {"role": "assistant", "content": response}], False)
-        opened = asked[len(os.path.commonprefix([asked, whole])):]
-        require(not opened, f"{self.folder}: its chat template asks for a reply with {opened!r} "
-                "and renders one without it, so no given response follows what the policy is asked "
-                'with; edit the template, give prompts as text, or mark rows "source": '
-                '"generated" to teach their responses right after the generation prompt')
+        if not whole.startswith(asked):
+            raise LeftOut("whose reply the chat template renders after something else than its "
+                          "generation prompt: edit the template, give prompts as text, or mark "
+                          'samples "source": "generated" to teach them right after that')
         return asked, whole
 
     def prompt(self, prompt: Any) -> list[int]:
@@ -614,10 +629,19 @@ class Codec:
             raise LeftOut("with prompts longer than --max_prompt_tokens")
         return ids
 
-    def continuation(self, text: str) -> list[int]:
-        """Ids of a text that continues a prompt."""
-        before, ids = self.encode(self.before), self.encode(self.before + text)
-        return ids[len(before):] if ids[:len(before)] == before else self.encode(text)
+    def continuation(self, text: str, before: Optional[str] = None) -> list[int]:
+        """Ids of a text that continues a prompt, or this text before it."""
+        before = self.before if before is None else before
+        start, ids = self.encode(before), self.encode(before + text)
+        return ids[len(start):] if ids[:len(start)] == start else self.encode(text)
+
+    def reward_tag(self, tag: str) -> list[int]:
+        """Ids of a tag after a prompt, as a saved chat template renders it."""
+        asked = None
+        if self.tokenizer.chat_template:
+            with contextlib.suppress(LeftOut):
+                asked = self._render([{"role": "user", "content": "a"}], True)
+        return self.continuation(tag, asked)
 
     def turn(self, prompt: Any, response: str, truncated: bool = False,
              generated: bool = False) -> tuple[list[int], list[int], list[int]]:
@@ -645,7 +669,9 @@ class Codec:
             reply = reply + end
         most = self.cfg.max_response_tokens
         has_tail = not (is_text or truncated or len(reply) > most)
-        return before, reply[:most], self.encode(self.turn_tail) if has_tail else []
+        ended = self.encode(self.turn_end + self.turn_tail)
+        tail = ended[len(self.encode(self.turn_end)):]  # as its tokens are after the end's
+        return before, reply[:most], tail if has_tail else []
 
     def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(ids (T,), response mask (T,)) for a policy."""
@@ -807,6 +833,9 @@ def read_fields(row: dict, expected: dict[str, str], names: dict[str, list[str]]
             values = ["\n\n".join(filter(None, values))]
         if values:
             value = values[0]
+            if kind in (NUMBER, FLAG) and isinstance(value, str):  # of a CSV file
+                with contextlib.suppress(ValueError):
+                    value = json.loads(value.lower())
             require(len(values) == 1 and is_kind(value, kind),
                     f"the field {name!r} must be {kind}, not {value!r:.50}")
             if isinstance(value, list):  # Arrow fills the keys that only other messages have
@@ -824,7 +853,7 @@ def is_kind(value: Any, kind: str) -> bool:
             isinstance(message, dict) and isinstance(message.get("role"), str)
             and isinstance(message.get("content"), str) for message in value)
     if kind == NUMBER:
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) < 1e300
     return kind == FLAG and value in (True, False)
 
 
@@ -850,6 +879,11 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
         if kind.startswith("jsonl"):
             for where, row in read_jsonl(file):
                 yield part, where, row
+        elif kind == "csv":  # not by datasets, to which "None" and "N/A" are no text
+            with open(file, encoding="utf-8-sig", newline="") as rows:
+                for number, row in enumerate(csv.DictReader(rows), 1):
+                    cells = {name: cell or None for name, cell in row.items() if name}
+                    yield part, f"{file}, row {number}", cells
         else:
             yield from read_with_datasets(str(file), part, kind, data_files=str(file))
 
@@ -861,6 +895,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line) if line.strip() else None
+                if b"\\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate is no text
             except ValueError as problem:
                 raise BadInput(f"{where}: not JSON in UTF-8 ({problem})") from problem
             if row is not None:
@@ -974,6 +1010,8 @@ def read_data(cfg: Config, base: Stage) -> Data:
         sample = checked(codec, sample_of(row))
         require(can_score or (sample.reward, sample.weight) != (None, None), "has no reward: give "
                 "--reward_model, or --preferences to train one")
+        require(sample.response is not None or cfg.samples_per_prompt,
+                "has no response, and --samples_per_prompt 0 generates none")
         return sample
     if cfg.samples:
         rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable_sample, quiet=True)
@@ -1644,7 +1682,8 @@ def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
     for part, old in zip(copy.modules(), model.modules()):
         for name, buffer in old.named_buffers(recurse=False):
             setattr(part, name, buffer.to(where))
-    copy.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):  # a reward model has none
+        copy.generation_config = model.generation_config
     return copy
 
 
@@ -1725,7 +1764,7 @@ def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config
         algorithm=folder.name.strip("."), flags=flags, end=card_end,
         torch=torch.__version__, transformers=transformers.__version__,
         bos=f"{codec.bos} + " if codec.bos else "",
-        tag=f" + {codec.continuation(tag)}  # {tag!r}" if tag else "")
+        tag=f" + {codec.reward_tag(tag)}  # {tag!r}" if tag else "")
     save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, card)
 
 
@@ -2196,15 +2235,12 @@ def labelled_samples(cfg: Config, base: Stage, data: Data, rm: Optional[Stage]) 
                 "samples_per_prompt": cfg.samples_per_prompt, "temperature": cfg.temperature,
                 "base": base.fingerprint, "reward_model": rm and rm.fingerprint}
     path = Path(cfg.out, "samples.jsonl")
-    made = read_record(record_of(path)).get("content")
-    require(not path.exists() or made in (None, content_hash(str(path))), f"{path}: was changed "
-            "since a run made it; move it and give it as --samples, with another --out")
     return Stage(str(path), settings, functools.partial(label, cfg, base, data, rm),
                  functools.cache(functools.partial(read_samples, path, cfg, base)))
 
 
 def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
-          cost: Cost) -> dict:
+          cost: Cost) -> None:
     """Answers and scores the samples in order, appending chunks of them to the file `work`; after
     a kill it resumes with the chunk that was being labelled."""
     codec = Codec(base.path, cfg)
@@ -2245,8 +2281,6 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
         bar.update(len(chunk))
     bar.close()
     barrier()
-    require(work.exists(), "no sample to train on: with --samples_per_prompt 0 none is generated")
-    return {"content": content_hash(str(work))}
 
 
 def cut_to_whole_chunks(path: Path) -> int:
@@ -2294,7 +2328,7 @@ def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
             labels.append((sample.reward, sample.weight, prompt_hash(sample.prompt)))
             kinds[sample.source] += 1
             kinds["too long, cut without an end"] += int(
-                mask.sum() == cfg.max_response_tokens and ids[-1] not in codec.stop_ids)
+                not sample.truncated and ids[-1] not in codec.stop_ids)
             kinds["empty"] += not sample.response.strip()
             yield ids, mask
     tokens = Tokens(Path(cfg.out, ".tokens"), sequences)  # rank 0 reads
@@ -2335,8 +2369,9 @@ def load_function(spec: str) -> Callable:
         scores = []
         try:
             if own:
-                scores = function([prompts[i] for i in own], [responses[i] for i in own], **extra)
-        except OSError as problem:  # its own, to be shown as Python shows it
+                asked = copy.deepcopy([prompts[i] for i in own])  # it may change the messages
+                scores = list(function(asked, [responses[i] for i in own], **extra))
+        except (OSError, ValueError, TypeError) as problem:  # to be shown as Python shows it
             raise RuntimeError(f"{spec} failed") from problem
         try:
             scores = [float(score) for score in scores]

@@ -99,7 +99,7 @@ def ask_for(target: str, samples: Samples, codec: common.Codec, cfg: Config) -> 
     if cfg.reward_format == "digit":
         z = min(max(z, -2.0), 2.5)  # what 0 and 9 stand for
     tag = reward_tag(z, cfg)
-    return Variant(f"target {target}", tag, codec.continuation(tag), target=z)
+    return Variant(f"target {target}", tag, codec.reward_tag(tag), target=z)
 
 
 def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
@@ -113,7 +113,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     common.require(len(counts) > 1, f"all samples get the reward tag{tags[0]}, which tells nothing")
     print0(f"  {len(counts):,} reward tags; share of the samples:" + ",".join(
         f"{tag} {count / len(z):.0%}" for tag, count in sorted(counts.items())[:10]))
-    ids = {tag: codec.continuation(tag) for tag in counts}
+    ids = {tag: codec.reward_tag(tag) for tag in counts}
     chance = np.abs(z) ** cfg.emphasis
 
     def tag(i: int, epoch: int) -> list[int]:

@@ -179,9 +179,14 @@ def new_classifier(base: str, codec: common.Codec, where: torch.device) -> Any:
 def load_classifier(folder: str, dtype: torch.dtype, where: torch.device, **more: Any) -> Any:
     """A reward model's folder.  Raises BadInput if it is none."""
     model = common.load_model(folder, dtype, where, "AutoModelForSequenceClassification", **more)
+    check_classifier(folder, model)
+    return model
+
+
+def check_classifier(folder: str, model: Any) -> None:
+    """Raises BadInput unless the model gives one score, by a head named `score`."""
     common.require(model.config.num_labels == 1 and hasattr(model, "score"),
                    f"{folder}: not a reward model: it needs num_labels=1 and a `score` head")
-    return model
 
 
 @torch.no_grad()
@@ -237,19 +242,21 @@ def report(pairs: list[Preference], score: Callable) -> dict:
 
 def given(cfg: common.Config, spec: str) -> Stage:
     """The stage of a --reward_model or --judge: FILE.py:FUNCTION, or a classifier's folder."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
     function, own = common.FUNCTION.fullmatch(spec), Path(cfg.out, "rm")
     if function:
         scorer, file = common.load_function(spec), function[1]
         settings = {"function": f"{Path(file).name}:{function[2]}",
                     "content": common.content_hash(file)}
         return Stage(spec, settings, load=lambda: scorer)
-    with common.load_errors(spec, "a sequence classifier"):
-        labels = AutoConfig.from_pretrained(spec, trust_remote_code=False).num_labels
-    common.require(labels == 1, f"{spec}: not a reward model: it has {labels} labels, not 1")
-    settings = {"reward_model": common.content_hash(spec, common.MODEL_FILES)}
-    if Path(spec).resolve() == own.resolve():  # the run's own
-        settings = common.read_record(own / "run.json").get("settings", settings)
+    common.Codec(spec, cfg)  # what it refuses is refused before anything is trained
+    with common.load_errors(spec, "a sequence classifier"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
+        check_classifier(spec, AutoModelForSequenceClassification.from_config(config))
+    content = common.content_hash(spec, common.MODEL_FILES)
+    settings, record = {"reward_model": content}, common.read_record(own / "run.json")
+    if Path(spec).resolve() == own.resolve() and record.get("content") == content:
+        settings = record["settings"]  # the run's own
     return Stage(spec, settings, load=functools.partial(load_scorer, cfg, spec))
 
 

@@ -39,6 +39,7 @@ class Config(common.Config):
         super().__post_init__()
         common.require(self.beta > 0, f"--beta must be above 0, not {self.beta}")
         common.require(self.w_max >= 0, f"--w_max must not be below 0, not {self.w_max}")
+        common.require(self.weights == "reward" or self.samples, "--weights given needs --samples")
 
 
 TOY = {"beta": 0.18, "w_max": 0.0, "lr": 2e-3, "steps": 600}  # defaults in the toy world
