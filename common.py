@@ -388,6 +388,7 @@ def is_finished(stage: Stage) -> bool:
             require(not stage.shared or record["content"] == content_hash(str(path), MODEL_FILES),
                     f"{path}: was changed since a run made it; give it by its own flag and another "
                     "--out, or delete it to make it anew")
+            shutil.rmtree(path / "replaced", ignore_errors=True)  # where a kill came between
             print0(f"{path.stem}: {path}, from before")
             return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
@@ -2370,7 +2371,8 @@ def load_function(spec: str) -> Callable:
         try:
             if own:
                 asked = copy.deepcopy([prompts[i] for i in own])  # it may change the messages
-                scores = list(function(asked, [responses[i] for i in own], **extra))
+                scores = function(asked, [responses[i] for i in own], **extra)
+                scores = list(scores) if hasattr(scores, "__iter__") else []
         except (OSError, ValueError, TypeError) as problem:  # to be shown as Python shows it
             raise RuntimeError(f"{spec} failed") from problem
         try:

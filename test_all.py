@@ -166,13 +166,11 @@ def make_run(folder):
 
 @pytest.fixture(scope="session")
 def run(begun):
-    """What make_run returns."""
     return begun["run"][1].result()
 
 
 @pytest.fixture(scope="session")
 def gradients(begun):
-    """What make_gradients returns."""
     return begun["gradients"][1].result()
 
 
@@ -196,12 +194,10 @@ def script(name, *args):
 
 
 def config(module=common, **flags):
-    """A script's Config with the toy world's defaults."""
     return module.Config(**{**common.TOY, **module.TOY, **flags})
 
 
 def lines_of(path):
-    """The rows of a .jsonl file."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
@@ -230,14 +226,12 @@ def example(ids, prompt_length):
 
 
 def examples(n=7, seed=0):
-    """Random examples of uneven length."""
     rng = np.random.default_rng(seed)
     return [example(rng.integers(1, V, p + r), p)
             for p, r in zip(rng.integers(1, 9, n), rng.integers(1, 12, n))]
 
 
 def tokens_of(rows):
-    """Examples, or (ids, mask) pairs, as memory-mapped Tokens."""
     return common.Tokens(Path(tempfile.mkdtemp(prefix="tokens-")), lambda: (r[:2] for r in rows))
 
 
@@ -251,7 +245,6 @@ def samples_of(codec, rewards, prompts=None, weights=None):
 
 
 def set_ranks(monkeypatch, rank, ranks):
-    """Lets the code believe that it is this rank of so many."""
     monkeypatch.setattr(common, "rank", lambda: rank)
     monkeypatch.setattr(common, "world_size", lambda: ranks)
 
@@ -263,7 +256,6 @@ def logits_of(model, micro):
 
 
 def nll_of(model, micro, kernel=mle_filter.masked_nll_, *columns):
-    """A policy's fused loss on a micro-batch."""
     return common.Policy(model, config())(micro, kernel, *columns)
 
 
@@ -283,7 +275,6 @@ def log_probs_of(model, rows, cfg):
 
 
 def plain_nll(logits, targets, *columns):
-    """Each row's loss by autograd's own means; with a column, weighted by it."""
     nll = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return columns[0] * nll if columns else nll
 
@@ -417,22 +408,12 @@ def test_micro_batches_keep_to_the_token_budget_and_share_out_a_step(monkeypatch
         assert ranks > 1 or len(groups) == 3, "the fewest that the budget allows"
 
 
-def test_order_of_the_data_comes_from_the_seed_alone():
-    def orders(first=0, seed=0):
-        steps = common.step_indices(20, 8, seed, 6, first)
-        return [(step, epoch, indices.tolist()) for step, epoch, indices in steps]
-    drawn = [indices for _, _, indices in orders()]
-    assert [len(indices) for indices in drawn] == [8, 8, 4] * 2
-    assert sorted(sum(drawn[:3], [])) == list(range(20)) and drawn[:3] != drawn[3:]
-    assert orders()[4:] == orders(first=4) and orders() != orders(seed=1)
-
-
 # ----------------------------------------------------------------------------- gradients of ranks
 
 UNEVEN = [*examples(6), example([5, 6, 7], 3)]  # the last has no response token
 CASES = [(name, sharding, tokens, rows) for name in (*KERNELS, "ppo_baseline", "reward_model")
-         for sharding in ("ddp", "fsdp", "fsdp, recomputed")
-         for tokens, rows in ((10**6, 7), (20, 7), (10**6, 3))]
+         for sharding, tokens, rows in (("ddp", 10**6, 7), ("ddp", 20, 7), ("fsdp", 20, 7),
+                                        ("fsdp, recomputed", 20, 7), ("fsdp", 10**6, 2))]
 CASES += [("vision", sharding, 10**6, 7) for sharding in ("ddp", "fsdp")]
 
 
@@ -504,22 +485,21 @@ def save_models(folder):
 
 
 def make_gradients(folder):
-    """The gradients that one process finds, and what 2 and 4 ranks find."""
+    """The gradients that one process finds, and what three ranks find."""
     forked("save_models", folder)
-    for ranks in (1, 2, 4):
+    for ranks in (1, 3):
         forked("measure_gradients", folder, ranks=ranks)
-    return {n: torch.load(folder / f"{n}.pt", weights_only=True) for n in (1, 2, 4)}
+    return [torch.load(folder / f"{ranks}.pt", weights_only=True) for ranks in (1, 3)]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_gradient_is_the_same_under_real_ranks(gradients, ranks):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradient_is_the_same_under_real_ranks(gradients, case):
     """Of every algorithm, DDP or FSDP2, whatever the micro-batches, also with fewer sequences
     than ranks, and of a model whose vision tower gets no gradient."""
-    for name, sharding, tokens, rows in CASES:
-        whole = gradients[1][str((name, "ddp", 10**6, rows))]
-        case = str((name, sharding, tokens, rows))
-        assert whole.norm() > 0
-        assert (gradients[ranks][case] - whole).norm() < 1e-5 * whole.norm(), case
+    name, _, _, rows = case
+    one, three = gradients
+    whole = one[str((name, "fsdp" if rows == 2 else "ddp", 10**6, rows))]
+    assert whole.norm() > 0 and (three[str(case)] - whole).norm() < 1e-5 * whole.norm()
 
 
 # -------------------------------------------------------------------------------------------- PPO
@@ -617,8 +597,6 @@ def test_ppo_runs_logs_and_never_pays_a_cut_off_response_more_than_the_penalty(r
                                  "--rollout_batch_size", "8", "--batch_size", "4",
                                  "--missing_eos_score", "-9"))
     lines = lines_of(tmp_path / "ppo" / "metrics.jsonl")
-    assert {"objective", "clip_fraction", "approx_kl", "explained_variance", "entropy",
-            "value_loss", "grad_norm", "rollout_s", "generation_share"} <= set(lines[0])
     assert len(lines) == 2 and lines[0]["score"] == -9 and lines[0]["eos_rate"] == 0
     assert abs(lines[0]["kl"]) < 1e-4
 
@@ -638,7 +616,8 @@ def test_filter_keeps_the_best_and_breaks_ties_by_order(codec):
 
 def test_rwr_weights_are_capped_exponentials_of_mean_1_or_the_samples_own(codec):
     def weights(rewards, own=None, **flags):
-        rows = rwr.prepare(samples_of(codec, rewards, weights=own), config(rwr, **flags))
+        cfg = config(rwr, model="m", samples="s", **flags)
+        rows = rwr.prepare(samples_of(codec, rewards, weights=own), cfg)
         return [rows.example(i).weight for i in range(len(rows))]
     z = samples_of(codec, [0, 1, 2, 7]).z([0, 1, 2, 7])
     capped = np.minimum(np.exp(z / 0.25), 20)
@@ -688,25 +667,20 @@ def test_dt_emphasis_draws_samples_in_proportion_to_their_distance_from_the_mean
 
 
 def test_dt_slope_is_least_squares_of_got_on_asked_and_a_flat_one_is_told(capsys):
-    asked = [common.Variant(f"target {z}", f" {z}", target=z) for z in (-1.0, 0.0, 2.0)]
+    asked = [common.Variant("", target=z) for z in (-1.0, 0.0, 2.0)]
     for gain in (0.5, 0.01):
-        replies = [[{"prompt": prompt, "reward": 0.25 + gain * v.target + noise}
-                    for prompt, noise in (("a", -0.1), ("b", 0.1), ("b", 0.3))] for v in asked]
-        dt.report_slope(asked, replies)
+        dt.report_slope(asked, [[{"prompt": prompt, "reward": gain * v.target + noise}
+                                 for prompt, noise in (("a", -0.1), ("b", 0.1), ("b", 0.3))]
+                                for v in asked])
         said = capsys.readouterr().out
         assert f"{gain:.2f} ± 0.00 (95 %, 2 prompts)" in said
         assert ("barely follows" in said) == (gain < 0.2)
-    dt.report_slope([asked[0]] * 3, replies)
-    dt.report_slope(asked, [[{"prompt": "a", "reward": None}]] * 3)
-    assert capsys.readouterr().out == "", "one target, or no rewards: no slope"
 
 
-def test_rewards_that_are_all_alike_are_refused_and_the_share_of_each_tag_is_said(codec, capsys):
+def test_rewards_that_are_all_alike_are_refused(codec):
     for rewards in ([2.0, 2.0], [1.0, math.nan]):
         with pytest.raises(BadInput, match="nothing to tell responses apart"):
             mle_filter.prepare(samples_of(codec, rewards), config(mle_filter))
-    dt.prepare(samples_of(codec, [0, 1, 2, 3]), codec, config(dt))
-    assert "4 reward tags; share of the samples: 1 25%, 3 25%," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("module", [mle_filter, rwr, dt], ids=lambda m: m.__name__)
@@ -857,7 +831,6 @@ ROOMY = functools.partial(config, max_prompt_tokens=200)
 
 
 def rendered(tokenizer, chat, ask=False):
-    """The template's own ids of a chat."""
     return tokenizer.apply_chat_template(chat, add_generation_prompt=ask, return_dict=False)
 
 
@@ -944,7 +917,7 @@ def test_templates_that_no_reply_follows_are_refused_or_their_rows_left_out(tmp_
                                           "response": "fish", "reward": i} for i in range(30)))
     said = launched(rwr, ["--model", folder, "--samples", rows, "--out", tmp_path / "run",
                           "--max_prompt_tokens", "64", "--max_response_tokens", "8"], capsys, 2)
-    assert "s.jsonl, line 1" in said and "<think>" in said and "give prompts as text" in said
+    assert "s.jsonl: 0 of 30 rows used" in said and "give prompts as text, or mark" in said
     assert '"source": "generated"' in said and not list((tmp_path / "run").glob("[!.]*"))
     codec = Codec(folder_of(tmp_path / "inst", family("inst")), config())
     with pytest.raises(common.LeftOut, match="roles must alternate"):
@@ -1028,15 +1001,13 @@ def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_pa
     assert ended != broken and tokenizer.pad_token_id == model.config.pad_token_id
 
 
-@pytest.mark.parametrize("right, accuracy", [(26, 0.52), (36, 0.72), (None, 0.5)])
+@pytest.mark.parametrize("right, accuracy", [(26, 0.52), (36, 0.72), (0, 0.5)])
 def test_a_reward_model_that_learnt_nothing_says_so_and_ties_count_half(capsys, right, accuracy):
     """Of 50 held-out pairs 26 right ones are chance, 36 are not."""
     pairs = [Preference(f"question {i}", "a", "b") for i in range(50)]
-    scores = [1.0] * 100
-    if right:
-        scores = [float(i < right) for i in range(50)] + [float(i >= right) for i in range(50)]
-    report = reward_model.report(pairs, lambda *_: scores)
-    assert report["accuracy"] == pytest.approx(accuracy)
+    scores = [i % 50 < right if i < 50 else 0 < right <= i % 50 for i in range(100)]
+    assert reward_model.report(pairs, lambda *_: list(map(float, scores)))["accuracy"] == (
+        pytest.approx(accuracy))
     assert ("not clearly better than chance" in capsys.readouterr().out) == (right != 36)
 
 
@@ -1052,7 +1023,6 @@ def sampled(model, prompts, seed=3, stop=(0,), temperature=1.0, most=12, **more)
 
 
 def same_responses(ours, theirs):
-    """Whether two samplers said the same, with the same log-probs but for rounding."""
     assert [(r.ids, r.truncated) for r in ours] == [(r.ids, r.truncated) for r in theirs]
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a.log_probs, b.log_probs, atol=1e-4)
@@ -1111,7 +1081,6 @@ def zoo_configs():
         "gpt2": t.GPT2Config(vocab_size=ZOO_V, n_embd=64, n_layer=2, n_head=4, n_positions=256,
                              bos_token_id=0, eos_token_id=0, resid_pdrop=0.5, embd_pdrop=0.5,
                              attn_pdrop=0.5),
-        "phi3": t.Phi3Config(**kw, sliding_window=6),
         "gpt_oss": t.GptOssConfig(**kw, **turns, **moe, head_dim=16),
         "mixtral": t.MixtralConfig(**kw, **moe, sliding_window=6),
         "olmo2": t.Olmo2Config(**kw),
@@ -1134,7 +1103,7 @@ def zoo_configs():
             image_token_index=110, boi_token_index=111, eoi_token_index=112)}
 
 
-ZOO = dict.fromkeys(["llama", "qwen3", "gemma3", "gpt2", "phi3", "mixtral", "olmo2", "granite",
+ZOO = dict.fromkeys(["llama", "qwen3", "gemma3", "gpt2", "mixtral", "olmo2", "granite",
                      "opt", "gemma3_multimodal"])
 ZOO |= {"gemma2": "takes softcap", "gpt_oss": "takes s_aux", "lfm2": "layers of conv",
         "qwen2_moe": "disagree about sliding windows"}  # why these are padded
@@ -1195,7 +1164,7 @@ def test_loss_and_every_gradient_equal_those_of_each_sequence_alone(name, recomp
 def test_greedy_samples_and_log_probs_are_those_of_each_prompt_alone(name, monkeypatch):
     monkeypatch.setattr(common, "SLOTS", {"cpu": 3, "cuda": 3})
     folder, own = zoo_model(name)
-    model, cfg = common.load_model(folder), config(max_response_tokens=12, temperature=0.8)
+    model = common.load_model(folder)
     prompts = [np.random.default_rng(n).integers(3, 100, n).tolist() for n in (3, 1, 17, 6, 24)]
 
     @torch.no_grad()
@@ -1211,12 +1180,11 @@ def test_greedy_samples_and_log_probs_are_those_of_each_prompt_alone(name, monke
         assert response.ids == generated(prompt, stop)
         assert response.truncated == (response.ids[-1] not in stop)
     assert greedy[-1].ids == greedy[2].ids and not greedy[2].truncated
-    drawn = sampled(model, prompts, seed=7, stop=stop, temperature=0.8)
-    rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, drawn)]
-    for row, response, log_probs in zip(rows, drawn, log_probs_of(model, rows, cfg)):
+    rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, greedy)]
+    for row, response, log_probs in zip(rows, greedy, log_probs_of(model, rows, config())):
         micro = common.collate([row])
         with torch.no_grad():
-            expected = (logits_of(own, micro)[micro.rows] / 0.8).log_softmax(-1)
+            expected = logits_of(own, micro)[micro.rows].log_softmax(-1)
         expected = expected.gather(1, micro.targets[:, None])[:, 0].tolist()
         assert response.log_probs == pytest.approx(expected, abs=2e-4)
         assert log_probs == pytest.approx(expected, abs=2e-4)
@@ -1254,7 +1222,6 @@ def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(fault, wh
 
 
 def zoo_refused():
-    """What cannot be trained: its configuration, and what is said."""
     import transformers as t
     kw = dict(vocab_size=450, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
               num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
@@ -1297,7 +1264,6 @@ def test_models_that_cannot_be_trained_are_refused_before_anything_is(name, tmp_
 
 
 def change(folder, edit):
-    """Changes a folder's weights by edit(weights), in place."""
     from safetensors.torch import load_file, save_file
     weights = load_file(Path(folder, "model.safetensors"))
     edit(weights)
@@ -1313,9 +1279,6 @@ def test_weights_that_are_missing_unknown_or_misshapen_are_named(tmp_path):
         change(folder_of(tmp_path / str(i), byte_level()), edit)
         with pytest.raises(BadInput, match=why):
             common.load_model(str(tmp_path / str(i)))
-    Path(tmp_path / "0" / "model.safetensors").write_bytes(b"cut")
-    with pytest.raises(BadInput, match="not a folder or Hub id with weights"):
-        common.load_model(str(tmp_path / "0"))
     with pytest.raises(BadInput, match="resize_token_embeddings"):
         Codec(folder_of(tmp_path / "small", byte_level(), rows=300), config())
     folder = folder_of(tmp_path / "short", byte_level(bos=True), max_position_embeddings=129)
@@ -1337,13 +1300,11 @@ def base(tmp_path_factory):
 
 
 def pairs_in(path, *columns):
-    """A file's preferences."""
     return [pair for _, pair in common.read_rows(str(path), common.PREFERENCE_FIELDS, columns,
                                                  common.preference_of)]
 
 
 def samples_in(path, *columns):
-    """A file's samples."""
     return [sample for _, sample in common.read_rows(str(path), common.SAMPLE_FIELDS, columns,
                                                      common.sample_of)]
 
@@ -1466,24 +1427,17 @@ def test_data_of_which_nothing_could_be_learnt_are_refused(tmp_path, base):
     cfg = config(model=base, samples=write(path, *rows), out=str(tmp_path), held_out=1e-9)
     with pytest.raises(BadInput, match="no token to learn"):
         common.read_samples(path, cfg, Stage(base, {}))
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with mock.patch.dict(sys.modules, {"datasets": None}):
-        for source in ("none.jsonl", "rows.parquet"):
-            with pytest.raises(BadInput, match="no such file|`datasets`"):
-                pairs_in(tmp_path / source)
 
 
 # ------------------------------------------------------------------------------------------ flags
 
-FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, "--lr -1", "--lr"),
-         (rwr, "--w_max -1", "--w_max"), (dt, "--targt 1", "--targt"), (rwr, "--lr nan", "--lr"),
-         (dt, "--target high", "--target"), (dt, "--condition_dropout 0", "--guidance"),
-         (dt, "--emphasis -1", "--emphasis"), (dt, "--epochs 1 --steps 1", "--epochs"),
-         (dt, "--samples s.jsonl", "--samples"), (dt, "--steps few", "--steps"),
-         (rwr, "--model m", "--model goes with"), (rwr, "--preferences p", "--model"),
+FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, "--lr nan", "--lr"),
+         (dt, "--targt 1", "--targt"), (dt, "--target high", "--target"),
+         (dt, "--condition_dropout 0", "--guidance"), (dt, "--emphasis -1", "--emphasis"),
+         (dt, "--epochs 1 --steps 1", "--epochs"), (dt, "--steps few", "--steps"),
+         (dt, "--samples s.jsonl", "--samples"), (rwr, "--model m", "--model goes with"),
          (dt, "--held_out 1", "--held_out"), (dt, "--temperature -1", "--temperature"),
-         (dt, "--seed -1", "--seed"), (dt, "--batch_size 0", "--batch_size"),
-         (dt, "--columns prompt", "--columns"), (dt, "--columns text=x", "--columns"),
+         (dt, "--batch_size 0", "--batch_size"), (dt, "--columns text=x", "--columns"),
          (ppo_baseline, "--clip 0", "--clip"), (ppo_baseline, "--gae_lambda 2", "--gae_lambda"),
          (ppo_baseline, "--batch_size 8 --rollout_batch_size 4", "--rollout_batch_size"),
          (ppo_baseline, "--temperature 0", "--temperature"),
@@ -1516,8 +1470,8 @@ def test_folders_that_cannot_be_used_are_one_sentence_before_anything_is_trained
         small, tmp_path, capsys):
     out = tmp_path / "run"
     for flags, why in ((["--model", tmp_path], "not a folder or Hub id"),
-                       (["--judge", tmp_path / "no"], "sequence classifier"),
-                       (["--reward_model", tmp_path / "no"], "sequence classifier"),
+                       (["--judge", tmp_path / "no"], "not a folder or Hub id"),
+                       (["--reward_model", tmp_path / "no"], "not a folder or Hub id"),
                        (["--judge", f"{tmp_path}/no.py:f"], "no.py:f: no such file"),
                        (["--out", tmp_path / "rows.jsonl" / "run"], "rows.jsonl")):
         assert why in launched(rwr, [*small, *flags], capsys, 2)
@@ -1744,7 +1698,7 @@ def test_a_stage_that_ends_at_any_moment_is_built_by_the_next_command(tmp_path, 
         build(tmp_path, 2)
         assert (tmp_path / "dt" / "weights").read_text() == "2"
         assert sorted(p.name for p in tmp_path.glob("**/*")) == ["dt", "run.json", "weights"]
-    assert moment > 8
+    assert moment > 5
 
 
 
@@ -1824,7 +1778,7 @@ KILLS = int(os.environ.get("KILLS", 4))  # KILLS=20 python -m pytest test_all.py
 
 
 @pytest.mark.parametrize("name, ranks, steps, every, kills", [
-    ("rwr", 1, 40 * KILLS, 5, KILLS), ("ppo", 1, 12, 1, 2), ("dt", 2, 80, 5, 2)])
+    ("rwr", 1, 40 * KILLS, 5, KILLS), ("ppo", 1, 12, 1, 2), ("dt", 2, 40, 5, 2)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(
         run, tmp_path, name, ranks, steps, every, kills):
     more = {"ppo": ["--rollout_batch_size", "16"], "dt": ["--sharding", "fsdp"]}.get(name, [])
@@ -1896,14 +1850,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, dam
 
 
 def test_toy_rewards_follow_the_stated_rules():
-    prompt = "\n\nHuman: What do otters eat?\n\nAssistant:"
-    best = (" Good question! They eat meat. They live in rivers. They are small. I hope this "
-            "helps!")
+    best = " Good question! They eat meat. They live in rivers. They are small. Do ask me more!"
     replies = {best: 5, " They eat meat.": 2, " Maybe they eat plants.": -1, " Who cares.": -0.5,
                " As for lions, they eat meat.": -0.5, " They eat me": -0.25,
                " They eat meat. They eat meat.": 2}
-    assert common.gold_reward([prompt] * len(replies), list(replies)) == list(replies.values())
-    assert common.gold_reward([prompt], [" They eat meat."], [True]) == [1]
+    prompts = ["\n\nHuman: What do otters eat?\n\nAssistant:"] * len(replies)
+    assert common.gold_reward(prompts, list(replies)) == list(replies.values())
+    assert common.gold_reward(prompts[:1], [best], [True]) == [4]
 
 
 def test_the_readmes_example_has_the_gradient_of_the_weighted_loss():
@@ -1926,7 +1879,4 @@ def test_the_readmes_example_has_the_gradient_of_the_weighted_loss():
 
 @pytest.mark.parametrize("name", ["compare", "crossover", "random_walks", "real_model", "speed"])
 def test_the_benchmarks_run_in_miniature(name, tmp_path):
-    path = HERE / "benchmarks" / f"{name}.py"
-    if not path.exists() or "mini" not in path.read_text():
-        pytest.skip("not written yet")
-    script(path, "--mini", "--out", tmp_path)
+    script(f"benchmarks/{name}.py", "--mini", "--out", tmp_path / "out")

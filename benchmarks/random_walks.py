@@ -122,7 +122,7 @@ METHODS = {
 GUIDANCE = 0.5
 BASE_STEPS, BASE_LR = 400, 3e-3
 TUNING_SEEDS = [100, 101]
-GRID = {method: (1e-3, 3e-3, 1e-2) for method in METHODS} | {"ppo": (3e-4, 1e-3, 3e-3)}
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)
 # The best of GRID in optimality on TUNING_SEEDS: python benchmarks/random_walks.py --tune
 LR = {"filter_5": 3e-3, "filter_20": 3e-3, "rwr": 3e-3, "dt": 3e-3, "dt_emphasis": 3e-3,
       "ppo": 1e-3}
@@ -257,7 +257,7 @@ def run(cfg: Config) -> None:
     done = {(row["method"], row["seed"], row["lr"]) for row in finished(cfg)}
     bases = [Cell("base", seed, BASE_LR) for seed in cfg.seeds]
     others = [Cell(method, seed, lr) for seed in cfg.seeds for method in cfg.methods
-              for lr in (GRID[method] if cfg.tune else [LR[method]])]
+              for lr in (GRID if cfg.tune else [LR[method]])]
     with ThreadPoolExecutor(cfg.jobs) as pool:
         for cells in bases, others:
             missing = [cell for cell in cells if cell not in done]
