@@ -2789,6 +2789,9 @@ def base_policy(cfg: Config) -> Stage:
     return Stage(cfg.model, {"model": content_hash(cfg.model, MODEL_FILES)})
 
 
+BASE_STEPS = 600
+
+
 def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
     """A two-layer Llama and its byte-level BPE, by maximum likelihood of all responses, on rank 0.
     """
@@ -2808,10 +2811,10 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1,
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None)).to(device())
-    steps, examples = 600, [Example(*codec.sample(s)) for s in samples]
-    optimizer, schedule = make_optimizer(model, 5e-3, steps)
-    own_steps = step_indices(len(examples), 32, cfg.seed, steps if rank() == 0 else 0)
-    for _, _, indices in progress(own_steps, "base", total=steps):
+    optimizer, schedule = make_optimizer(model, 5e-3, BASE_STEPS)
+    examples = [Example(*codec.sample(s)) for s in samples]
+    own_steps = step_indices(len(examples), 32, cfg.seed, BASE_STEPS if rank() == 0 else 0)
+    for _, _, indices in progress(own_steps, "base", total=BASE_STEPS):
         micro = collate([examples[i] for i in indices])
         hidden = hidden_states(model, micro.input_ids, micro.lengths)[micro.rows]           # (N, D)
         torch.nn.functional.cross_entropy(model.lm_head(hidden), micro.targets).backward()

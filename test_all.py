@@ -1877,6 +1877,9 @@ def test_the_readmes_example_has_the_gradient_of_the_weighted_loss():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["compare", "crossover", "random_walks", "real_model", "speed"])
+@pytest.mark.parametrize("name", ["crossover", "random_walks", "real_model"])
 def test_the_benchmarks_run_in_miniature(name, tmp_path):
+    """Each benchmark of the README runs from its beginning to its table."""
+    if name == "real_model":
+        pytest.importorskip("vaderSentiment")
     script(f"benchmarks/{name}.py", "--mini", "--out", tmp_path / "out")

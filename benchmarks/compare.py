@@ -32,6 +32,7 @@ import common
 import dt
 import mle_filter
 import ppo_baseline
+import reward_model
 import rwr
 from common import flag
 
@@ -116,6 +117,11 @@ def markdown(rows: list[dict[Any, Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
+def shrink_toy_world() -> None:
+    """For --mini: a base policy and a reward model of few steps, few generated samples."""
+    common.BASE_STEPS, common.TOY["samples_per_prompt"], reward_model.TOY["steps"] = 5, 1, 5
+
+
 def toy(script: Any, **flags: Any) -> Any:
     """A script's Config with the toy world's defaults."""
     return script.Config(**{**common.TOY, **script.TOY, **flags})
@@ -143,7 +149,7 @@ def run(cfg: Config) -> dict[str, list[dict]]:
     """Runs what is missing; returns the leaderboard rows of each method, in the seeds' order."""
     rows: dict[str, list[dict]] = {}
     for seed in cfg.seeds[:1] if cfg.mini else cfg.seeds:
-        folder = Path(cfg.out) / f"seed{seed}"
+        folder = Path(cfg.out) / f"{'mini' if cfg.mini else 'seed'}{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         for method in cfg.methods:
             print(f"seed {seed}, {method}", flush=True)
@@ -199,6 +205,8 @@ def order(rows: dict[str, list[dict]]) -> list[str]:
 def main(cfg: Config) -> None:
     """Runs the methods, prints and writes the table."""
     common.require(set(cfg.methods) <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
+    if cfg.mini:
+        shrink_toy_world()
     rows = run(cfg)
     about = ", ".join(f"{name} {value}" for name, value in machine().items())
     lines = [f"{about}; seeds {', '.join(map(str, cfg.seeds))}: mean ± half of the 95 % interval; "

@@ -43,7 +43,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from compare import interval, machine, markdown, shown, start, toy
+from compare import interval, machine, markdown, shown, shrink_toy_world, start, toy
 
 import common
 import dt
@@ -269,7 +269,8 @@ def run(job: Job, cfg: Config, size: Sizes) -> dict:
     """A job's row."""
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), \
             contextlib.redirect_stderr(null), tempfile.TemporaryDirectory() as folder:
-        home = world(f"{cfg.out}/seed{job.seed}", job.seed)
+        name = f"{'mini' if cfg.mini else 'seed'}{job.seed}"
+        home = world(f"{cfg.out}/{name}", job.seed)
         begun = time.process_time()
         samples, right = home.labelled(job.samples, job.noise, Path(folder, "tokens"))
         policy, used = home.base.path, toy(common, seed=job.seed)
@@ -412,6 +413,8 @@ def report(rows: list[dict], size: Sizes, out: Path, assets: Path) -> None:
 def main(cfg: Config) -> None:
     """Runs what is missing, or chooses learning rates and P, or reports."""
     out, size = Path(cfg.out), MINI if cfg.mini else Sizes()
+    if cfg.mini:
+        shrink_toy_world()
     seeds = cfg.seeds or (size.tuning_seeds if cfg.tune else size.seeds)
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
