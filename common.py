@@ -385,9 +385,10 @@ def is_finished(stage: Stage) -> bool:
                 f"{path}: exists, and has no record of a run; move it, or give another --out")
         changes = differences(record["settings"], stage.settings)
         if not changes:
-            require(not stage.shared or record["content"] == content_hash(str(path), MODEL_FILES),
-                    f"{path}: was changed since a run made it; give it by its own flag and another "
-                    "--out, or delete it to make it anew")
+            content = content_hash(str(path), MODEL_FILES) if stage.shared else None
+            require(content in (None, record.get("content")), f"{path}: was changed since a run "
+                    "made it; give it by its own flag and another --out, or delete it to make it "
+                    "anew")
             shutil.rmtree(path / "replaced", ignore_errors=True)  # where a kill came between
             print0(f"{path.stem}: {path}, from before")
             return True
