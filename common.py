@@ -2460,11 +2460,11 @@ def answer(cfg: Config, prompts: list, base: Stage, base_model: Any, samples: Sa
                                        temperature=cfg.eval_temperature)
     reference = each_response_token(base_log_probs, base_model, examples, cfg, cost)
     texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
-    z = gold = [None] * len(texts)
+    z, gold, sampled = [None] * len(texts), [None] * len(texts), [True] * len(texts)
     if score and samples.rewards.std() > 0:  # given weights may come without rewards
-        z = samples.z(score(prompts, texts, cut, cost, generated=[True] * len(texts))).tolist()
+        z = samples.z(score(prompts, texts, cut, cost, generated=sampled)).tolist()
     if judge:
-        gold = judge(prompts, texts, cut, cost)
+        gold = judge(prompts, texts, cut, cost, generated=sampled)
     return [{"prompt": prompt, "response": text, "truncated": r.truncated, "tokens": len(r.ids),
              "reward": reward, "gold": true, "kl": sum(r.log_probs) - sum(log_p),
              "base_log_prob": sum(log_p)} for prompt, text, r, reward, true, log_p in
