@@ -2415,7 +2415,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     comparable = fingerprint([origin, list(map(prompt_key, prompts)), cfg.eval_temperature,
                               cfg.max_response_tokens])
     reference, model = (load_model(s.path, compute_dtype(cfg)) for s in (base, policy))
-    ask = functools.partial(answer, cfg, prompts, base, reference, samples.load(),
+    codec = Codec(base.path, cfg)  # the base's: a policy's template may add a tag
+    ask = functools.partial(answer, cfg, codec, prompts, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
     name, all_cost = Path(policy.path).name, sum((s.cost for s in cost_of if s), policy.cost)
     ways = [("base", reference, Variant(""), base.cost, base.cost)]
@@ -2444,13 +2445,12 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     return replies[1:]
 
 
-def answer(cfg: Config, prompts: list, base: Stage, base_model: Any, samples: Samples,
+def answer(cfg: Config, codec: Codec, prompts: list, base_model: Any, samples: Samples,
            score: Optional[Callable], judge: Optional[Callable], model: Any,
            variant: Variant) -> list[dict]:
     """The model's response to each prompt, with its reward z, the judge's score and KL to base, the
     difference of the response's log-probs."""
-    codec, cost = Codec(base.path, cfg), Cost()  # the base's: a policy's template may add a tag
-    plain = [codec.prompt(prompt) for prompt in prompts]
+    cost, plain = Cost(), [codec.prompt(prompt) for prompt in prompts]
     tagged = [ids + variant.tag_ids for ids in plain]
     responses = sample(model, tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
                        cfg.eval_temperature, plain, variant.guidance, what="evaluating")
