@@ -20,7 +20,8 @@ Finished cells are appended to results.jsonl in --out and not run again: the sam
   with few samples and with the most noise, and takes the highest mean gold (DT's at q99).  Other
   cells take the nearest one's; without tuned.json all are the scripts' defaults.
 - P: of 1, 2 and 4 the one whose DT has the highest gold at q99, averaged over the step counts of
-  --tune, each P at its own best rates.  Controls and rivals are then tuned with it, too.
+  --tune, each P at its own best rates.  Controls are then tuned with it, too; filtering and RWR
+  with the same draw take the rates that they have without.
 - Controls: `loss weights` draws each sample once and multiplies its loss by |z|^P, of mean 1;
   `upper half` draws in proportion to max(z, 0)^P: never a sample below the mean.
 - Slope: least squares of the mean score got on the z asked for, both in the labels' z, over the
@@ -36,6 +37,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 from unittest import mock
@@ -68,6 +70,7 @@ class Config:
 class Sizes(NamedTuple):
     """How large the cells are."""
     seeds: tuple = tuple(range(10))
+    few_seeds: tuple = tuple(range(5))  # for what is asked last
     tuning_seeds: tuple = (100, 101)
     steps: tuple = (20, 60, 120, 200, 600, 2000)
     few_steps: tuple = (120, 600)     # under other conditions than the main ones
@@ -75,7 +78,7 @@ class Sizes(NamedTuple):
     samples: int = 10_000
     few_samples: int = 1_000
     noise: tuple = (1.0, 2.5)         # sd: labels right on .70 and .60 of pairs
-    lrs: tuple = (1e-3, 3e-3, 1e-2, 3e-2)
+    lrs: tuple = (1e-3, 3e-3, 1e-2)
     prompts: int = 256                # replies to each target
 
 
@@ -108,32 +111,39 @@ class Job(NamedTuple):
 
 
 def plan(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
-    """All cells, what matters most first, each for all seeds in turn."""
+    """All cells, what matters most first, each for all seeds in turn, the last ones for few."""
     both, at, few = (0.0, tuned.get("emphasis", 2.0)), size.samples, size.few_steps
+    first, last = size.steps[:-1] or size.steps, size.steps[-1:]
     jobs = [Job("base", 0, at)]
-    jobs += [Job("DT", steps, at, e) for steps in size.steps for e in both]
-    jobs += [Job(rival, steps, at) for steps in size.steps for rival in RIVALS]
+    jobs += [Job("DT", steps, at, e) for steps in first for e in both]
+    jobs += [Job(rival, steps, at) for steps in first for rival in RIVALS]
     jobs += [Job("DT", steps, at, both[1], control) for steps in few for control in CONTROLS]
-    jobs += [Job("DT", steps, at, e, condition) for steps in few for condition in CONDITIONS
-             for e in both]
+    side = [Job("DT", steps, at, e) for steps in last for e in both]
+    side += [Job(rival, steps, at) for steps in last for rival in RIVALS]
     for samples, noise in [(size.few_samples, 0.0), *((at, noise) for noise in size.noise)]:
-        jobs += [Job("DT", steps, samples, e, "", noise) for steps in few for e in both]
-        jobs += [Job(rival, few[-1], samples, 0.0, "", noise) for rival in RIVALS]
-    jobs += [Job(rival, steps, at, both[1]) for steps in size.steps for rival in RIVALS]
-    return [job._replace(seed=seed, lr=learning_rate(job, tuned)) for job in jobs for seed in seeds]
+        side += [Job("DT", steps, samples, e, "", noise) for steps in few for e in both]
+        side += [Job(rival, few[-1], samples, 0.0, "", noise) for rival in RIVALS]
+    side += [Job("DT", steps, at, e, condition) for steps in few for condition in CONDITIONS
+             for e in both]
+    side += [Job(rival, steps, at, both[1]) for steps in few for rival in RIVALS]
+    cells = [(job, seed) for job in jobs for seed in seeds]
+    cells += [(job, seed) for job in side for seed in seeds if seed in size.few_seeds]
+    return [job._replace(seed=seed, lr=learning_rate(job, tuned))
+            for job, seed in dict.fromkeys(cells)]
 
 
 def plan_tuning(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
-    """The cells of --tune; once P is chosen, those of controls and rivals with it, too."""
+    """The cells of --tune; once P is chosen, those that need to know it, too."""
     places = [(steps, size.samples, 0.0) for steps in size.tuned_steps]
     hard = [(size.tuned_steps[-1], size.few_samples, 0.0),
             (size.tuned_steps[-1], size.samples, size.noise[-1])]
-    ways = [("DT", e, "") for e in EMPHASES] + [(rival, 0.0, "") for rival in RIVALS]
-    cells = [(place, way) for place in places + hard for way in ways]
+    plain = [("DT", 0.0, ""), *((rival, 0.0, "") for rival in RIVALS)]
+    drawn = [("DT", e, "") for e in EMPHASES[1:]]
+    cells = [*product(places, plain + drawn), *product(hard, plain)]
     if "emphasis" in tuned:
-        ways = [("DT", tuned["emphasis"], control) for control in CONTROLS]
-        ways += [(rival, tuned["emphasis"], "") for rival in RIVALS]
-        cells += [(place, way) for place in places for way in ways]
+        p = tuned["emphasis"]
+        cells += [*product(places, [("DT", p, control) for control in CONTROLS]),
+                  *product(hard, [("DT", p, "")])]
     return [Job(method, steps, samples, emphasis, variant, noise, seed, lr)
             for (steps, samples, noise), (method, emphasis, variant) in cells
             for lr in size.lrs for seed in seeds]
