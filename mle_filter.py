@@ -1,14 +1,12 @@
 """MLE with filtering: keep the best responses, forget their rewards, imitate.
 
-    w_i = 1 if z_i is among the highest `keep` share of all samples, else 0
+    w_i = 1 if z_i is among the highest `keep` share of all samples; others never enter a batch
     L   = - sum_i w_i sum_t log p(y_it | x_i, y_i<t)  /  sum_i |y_i|
 
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-Filtered samples never enter a batch.  With --keep 1.0 nothing is filtered: that is supervised
-fine-tuning (SFT).  (Hu et al. 2023, arXiv 2308.12050, "filtering alignment".)  Left out: repeated
-generation and filtering, as in RAFT (arXiv 2304.06767) and ReST (arXiv 2308.08998).
+(Hu et al. 2023, arXiv 2308.12050.)  Left out: filtering in rounds, as RAFT (arXiv 2304.06767) does.
 
     python mle_filter.py                                       the toy world, one CPU
     torchrun --nproc_per_node=8 mle_filter.py --model MODEL --preferences PAIRS --out runs/mine
@@ -23,13 +21,13 @@ import torch
 
 import common
 import reward_model
-from common import Cost, Examples, Samples, Stage, flag, print0
+from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 
 
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    keep: float = flag(0.1, "share of samples kept, the best; 1.0: SFT")
+    keep: float = flag(0.1, "share of samples kept, the best; 1.0: supervised fine-tuning, SFT")
     per_prompt: bool = flag(False, "apply --keep within each prompt; at least one sample each")
 
     def __post_init__(self) -> None:
@@ -42,13 +40,11 @@ TOY = {"lr": 2e-3, "steps": 600}  # defaults in the toy world
 
 @common.compiled
 def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Each row's loss (N,); overwrites logits (N, V) with its gradient.
+    """-log softmax(logits)[target] of each row (N,); overwrites logits (N, V) with its gradient.
 
-    loss = -log softmax(logits)[target]
     Rows are the positions that predict a response token.  In float32 (float64 for float64).
     """
-    # nll = log Z - x[target], with Z = sum_v exp x[v].  d log Z / d x[v] = exp x[v] / Z, which is
-    # softmax(x)[v]; d x[target] / d x[v] is 1 at the target, 0 elsewhere.  So
+    # nll = log Z - x[target], with Z = sum_v exp x[v].  As d log Z / d x[v] = exp x[v] / Z,
     # d nll / d x = softmax(x) - one_hot(target)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
@@ -69,11 +65,11 @@ def prepare(samples: Samples, cfg: Config) -> Examples:
     z = samples.z(samples.rewards)
     groups = [np.arange(len(z))]
     if cfg.per_prompt:
-        order = np.argsort(samples.prompts, kind="stable")
-        groups = np.split(order, np.flatnonzero(np.diff(samples.prompts[order])) + 1)
+        order = np.argsort(samples.prompts, kind="stable")  # a prompt's samples side by side
+        _, starts = np.unique(samples.prompts[order], return_index=True)
+        groups = np.split(order, starts[1:])
     kept = np.concatenate([group[best(z[group], cfg.keep)] for group in groups])
-    print0(f"  kept {len(kept):,} of {len(z):,} samples: reward z from {z[kept].min():.2f}, "
-           f"mean {z[kept].mean():.2f}")
+    print0(f"  kept {len(kept):,} of {len(z):,} samples, of reward z {z[kept].min():.2f} or more")
     return Examples(samples.tokens, indices=kept)
 
 
@@ -97,8 +93,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
                 part.backward()
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
-                optimizer.step()
+            optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
@@ -115,9 +110,8 @@ def main(cfg: Config) -> None:
     name = "sft" if cfg.keep == 1 else "mle_filter"
     policy = common.policy_stage(cfg, name, train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
-    variants = [common.Variant(f"keep {cfg.keep:g}{' per prompt' if cfg.per_prompt else ''}")]
-    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge,
-                    cost_of=(rm, samples))
+    variants = [Variant(f"keep {cfg.keep:g}" + (" per prompt" if cfg.per_prompt else ""))]
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, cost_of=(rm, samples))
 
 
 if __name__ == "__main__":

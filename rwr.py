@@ -6,10 +6,7 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-The weight multiplies a response's sum over tokens, not its mean, and a batch of poor responses
-counts less than one of good ones.  With a model's defaults all z above 0.75 reach w_max = 20, AWR's
-cap; the toy world has none.  With --weights given, w_i are the file's, of mean 1.  (Peters & Schaal
-2007; Peng et al. 2019, arXiv 1910.00177.)  Left out: AWR's learnt baseline.
+(Peters & Schaal 2007; Peng et al. 2019, arXiv 1910.00177.)  Left out: AWR's learnt baseline.
 
     python rwr.py                                              the toy world, one CPU
     torchrun --nproc_per_node=8 rwr.py --model MODEL --preferences PAIRS --out runs/mine
@@ -25,20 +22,19 @@ import torch
 
 import common
 import reward_model
-from common import Cost, Examples, Samples, Stage, flag, print0
+from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 
 
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
     beta: float = flag(0.25, "temperature of the weights: large approaches SFT")
-    w_max: float = flag(20.0, "cap on exp(z / beta), before dividing by the mean; 0: none")
+    w_max: float = flag(20.0, "cap on exp(z / beta), 20 as in AWR; 0: none")
     weights: Literal["reward", "given"] = flag("reward", "given: the samples' own field `weight`")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        common.require(self.beta > 0, f"--beta must be above 0, not {self.beta}")
-        common.require(self.w_max >= 0, f"--w_max must not be below 0, not {self.w_max}")
+        common.require(self.beta > 0 and self.w_max >= 0, "--beta must be > 0, --w_max >= 0")
         common.require(self.weights == "reward" or self.samples, "--weights given needs --samples")
 
 
@@ -46,41 +42,33 @@ TOY = {"beta": 0.18, "w_max": 0.0, "lr": 2e-3, "steps": 600}  # defaults in the 
 
 
 @common.compiled
-def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor,
-                  weight: torch.Tensor) -> torch.Tensor:
-    """Each row's loss (N,); overwrites logits (N, V) with its gradient.
+def weighted_nll_(logits: torch.Tensor, targets: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """-w log softmax(logits)[target] of each row (N,); overwrites logits (N, V) with its gradient.
 
-    loss = -w log softmax(logits)[target], weight (N,) the w of each row's response
     Rows are the positions that predict a response token.  In float32 (float64 for float64).
     """
-    # nll = log Z - x[target], with Z = sum_v exp x[v].  d log Z / d x[v] = exp x[v] / Z, which is
-    # softmax(x)[v]; d x[target] / d x[v] is 1 at the target, 0 elsewhere.  So
+    # nll = log Z - x[target], with Z = sum_v exp x[v].  As d log Z / d x[v] = exp x[v] / Z,
     # d nll / d x = softmax(x) - one_hot(target)
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))             # (N, V)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]   # (N, V)
     log_z = x.logsumexp(dim=1)                                                  # (N,)
     nll = log_z - torch.where(is_target, x, 0.0).sum(dim=1)                     # (N,)
     gradient = (x - log_z[:, None]).exp() - is_target.to(x.dtype)               # (N, V)
-    logits.copy_(weight[:, None] * gradient)
-    return weight * nll
-
-
-def weigh(z: np.ndarray, beta: float, w_max: float) -> np.ndarray:
-    """min(exp(z / beta), w_max), divided by the largest: in [0, 1], to avoid overflow."""
-    log_w = np.minimum(z / beta, np.log(w_max) if w_max else np.inf)
-    return np.exp(log_w - log_w.max())
+    logits.copy_(w[:, None] * gradient)
+    return w * nll
 
 
 def prepare(samples: Samples, cfg: Config) -> Examples:
     """Labelled samples -> examples to train on."""
-    if cfg.weights == "given":
-        weight = samples.weights
-    else:
-        weight = weigh(samples.z(samples.rewards), cfg.beta, cfg.w_max)
+    weight = samples.weights
+    if cfg.weights == "reward":
+        z = samples.z(samples.rewards)
+        log_w = np.minimum(z / cfg.beta, np.log(cfg.w_max or np.inf))
+        weight = np.exp(log_w - log_w.max())  # the largest is 1, to avoid overflow
     common.require(weight.min() >= 0 and weight.max() > 0,  # a missing weight is NaN, and fails
                    "--weights given: every sample needs a `weight`, and one must be above 0")
-    print0(f"  weights: effective sample size {weight.sum() ** 2 / (weight ** 2).sum():,.0f} of "
-           f"{len(weight):,}, {(weight == weight.max()).mean():.1%} at the largest weight")
+    effective = weight.sum() ** 2 / (weight ** 2).sum()
+    print0(f"  weights: effective sample size {effective:,.0f} of {len(weight):,}")
     return Examples(samples.tokens, weight=weight / weight.mean())
 
 
@@ -104,8 +92,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
                 part.backward()
                 loss += part.detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
-                optimizer.step()
+            optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
@@ -121,9 +108,8 @@ def main(cfg: Config) -> None:
     samples = common.labelled_samples(cfg, base, data, rm)
     policy = common.policy_stage(cfg, "rwr", train, base, samples)
     common.build_stages(cfg, rm, samples, policy)
-    variants = [common.Variant("given weights" if cfg.weights == "given" else f"beta {cfg.beta:g}")]
-    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge,
-                    cost_of=(rm, samples))
+    variants = [Variant("given weights" if cfg.weights == "given" else f"beta {cfg.beta:g}")]
+    common.evaluate(cfg, policy, variants, base, data, rm, samples, judge, cost_of=(rm, samples))
 
 
 if __name__ == "__main__":
