@@ -1,17 +1,14 @@
 """Proximal policy optimisation: sample, score, make what scored above expectation more likely.
 
-    reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), plus the response's score z
-               at its last token
-    advantage  A_t = sum_k (gamma lambda)^k delta_{t+k},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), plus z at the last token
+    advantage  A_t = sum_k lambda^k delta_{t+k},  delta_t = r_t + V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
                rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), plus the critic's squared error
 
-The online baseline: it samples, scores and learns in turn.  (Schulman et al. 2017, arXiv
-1707.06347, equation 7; advantages: 1506.02438, equation 16; KL in the reward: Ziegler et al. 2019,
-arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.)  gamma is 1.  Scores are in
-standard deviations of the labelled samples, of which PPO takes nothing else; a response that is cut
-off scores --missing_eos_score at most.  Left out: a beta that adapts to a target KL, an entropy
-bonus, a clip of its own for the value, reward whitening, dropout, mixing in SFT gradients.
+z is the response's score in standard deviations from the labelled samples' mean; PPO takes nothing
+else from them.  (Schulman et al. 2017, arXiv 1707.06347, equation 7; advantages: 1506.02438,
+equation 16; KL in the reward: 1909.08593; details: 2403.17031.)  Left out: discounting, an adaptive
+beta, an entropy bonus, reward whitening, dropout, SFT gradients.
 
     python ppo_baseline.py                                     the toy world, one CPU
     torchrun --nproc_per_node=8 ppo_baseline.py --model MODEL --preferences PAIRS --out runs/mine
@@ -20,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -54,7 +50,7 @@ class Config(common.Config):
         super().__post_init__()
         common.require(0 <= self.gae_lambda <= 1, "--gae_lambda must lie in [0, 1]")
         for name in ("kl_coef", "value_coef"):
-            common.require(getattr(self, name) >= 0, f"--{name} must not be below 0")
+            common.require(getattr(self, name) >= 0, f"--{name} must be at least 0")
         for name in ("clip", "critic_lr", "ppo_epochs", "temperature"):
             common.require(getattr(self, name) > 0, f"--{name} must be above 0")
         common.require(self.batch_size <= self.rollout_batch_size,
@@ -72,8 +68,8 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
 
     loss = max(-A rho, -A clip(rho, 1 - clip, 1 + clip)), with rho = exp(log p - old_log_prob),
     p = softmax(logits / temperature)[target]; targets, old_log_prob, A = advantage (N,).
-    Statistics are sums over rows of (log rho)^2 / 2, which estimates KL(old, new), of whether the
-    clip bites, and of the entropy.  In float32 (float64 for float64).
+    Statistics are sums of (log rho)^2 / 2, which estimates KL(old, new), of whether the clip bites,
+    and of the entropy.  In float32 (float64 for float64).
     """
     x = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature   # (N, V)
     is_target = torch.arange(x.shape[1], device=x.device) == targets[:, None]       # (N, V)
@@ -83,11 +79,12 @@ def clipped_surrogate_(logits: torch.Tensor, targets: torch.Tensor, old_log_prob
     log_p = torch.where(is_target, x, 0.0).sum(dim=1) - log_z                       # (N,)
     log_ratio = (log_p - old_log_prob).clamp(-20, 20)
     ratio = log_ratio.exp()
-    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    plain = -advantage * ratio
+    clipped = -advantage * ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(plain, clipped)
     # d loss / d log p[target] is -A rho where the clip does not bite, else 0; d log p[target] / d x
     # is one_hot - p; over the temperature, by the chain rule
-    slope = torch.where(plain < clipped, 0.0, plain)  # NaN stays
+    slope = torch.where(plain < clipped, 0.0, plain)
     p = (x - log_z[:, None]).exp()                                                  # (N, V)
     gradient = is_target.to(x.dtype) * slope[:, None] - p * slope[:, None]          # (N, V)
     logits.copy_(gradient / temperature)
@@ -127,90 +124,79 @@ class ActorCritic(common.Policy):
 
 def advantages(reward: torch.Tensor, value: torch.Tensor, gae_lambda: float) -> torch.Tensor:
     """Generalised advantage estimates (R, T) of reward and value (R, T); 0 after a response."""
-    result, ahead, next_value = torch.zeros_like(reward), 0.0, 0.0
+    result = torch.zeros_like(reward)
+    advantage = next_value = 0.0
     for t in reversed(range(reward.shape[1])):
-        ahead = reward[:, t] + next_value - value[:, t] + gae_lambda * ahead
-        result[:, t], next_value = ahead, value[:, t]
+        delta = reward[:, t] + next_value - value[:, t]
+        advantage = delta + gae_lambda * advantage
+        next_value = value[:, t]
+        result[:, t] = advantage
     return result
-
-
-def whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """x (R, T) with mean 0 and variance 1 over the mask; 0 outside."""
-    inside = x[mask]
-    return torch.where(mask, (x - inside.mean()) / (inside.std(correction=0) + 1e-8), 0.0)
 
 
 def ragged(responses: list) -> torch.Tensor:
     """A number for each token of R responses as (R, T) float64, zeros after their ends."""
-    tensors = [torch.as_tensor(values, dtype=torch.float64) for values in responses]
+    tensors = [torch.as_tensor(numbers, dtype=torch.float64) for numbers in responses]
     return pad_sequence(tensors, batch_first=True)
 
 
 def prepare(rollout: list[Example], old_log_probs: list, base_log_probs: list, values: list,
             z: np.ndarray, cfg: Config) -> tuple[list[Example], dict]:
     """A scored rollout -> examples, each token with its advantage; and means for the log."""
-    old, value = ragged(old_log_probs), ragged(values)                                  # (R, T)
-    kl, mask = old - ragged(base_log_probs), ragged([[1.0] * len(v) for v in values]).bool()
-    reward = -cfg.kl_coef * kl                                                          # (R, T)
-    last = mask.sum(1) - 1  # token of each response
-    reward[range(len(z)), last] += torch.as_tensor(z)
+    old = ragged(old_log_probs)  # (R, T)
+    value = ragged(values)
+    kl = old - ragged(base_log_probs)
+    reward = -cfg.kl_coef * kl
+    length = torch.tensor([len(numbers) for numbers in values])  # (R,)
+    reward[torch.arange(len(z)), length - 1] += torch.as_tensor(z)
     advantage = advantages(reward, value, cfg.gae_lambda)
-    returns = advantage + value
-    columns = (old, whiten(advantage, mask), value, returns)
-    examples = [e._replace(columns=tuple(column[i, :len(values[i])].numpy() for column in columns))
-                for i, e in enumerate(rollout)]
-    to_come = reward.flip(1).cumsum(1).flip(1)  # the return without the critic, to measure it by
-    unexplained = (to_come - value)[mask].var() / to_come[mask].var().clamp(min=1e-12)
+    inside = advantage[torch.arange(old.shape[1]) < length[:, None]]  # of responses
+    whitened = (advantage - inside.mean()) / (inside.std(correction=0) + 1e-8)
+    columns = torch.stack([old, whitened, value, advantage + value])  # (4, R, T)
+    examples = [example._replace(columns=tuple(columns[:, i, :length[i]].numpy()))
+                for i, example in enumerate(rollout)]
     return examples, {"score": float(z.mean()), "kl": float(kl.sum(1).mean()),
-                      "objective": float(reward.sum(1).mean()),
-                      "explained_variance": float(1 - unexplained)}
+                      "objective": float(reward.sum(1).mean()), "tokens": int(length.sum())}
 
 
 def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCritic:
-    """Base policy and critic, which has the reward model's weights; the base policy's under a new
-    head where the reward model is a function or reads other tokens."""
-    same_tokens = False
-    if not common.FUNCTION.fullmatch(rm.path):
-        own, theirs = (common.Codec(s.path, cfg).tokenizer.get_vocab() for s in (base, rm))
-        same_tokens = own.items() <= theirs.items()
-    if same_tokens:
-        load = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
+    """The base policy, and a critic with the reward model's weights; where that is a function or
+    reads other tokens, with the base policy's weights under a new head."""
+    own = common.Codec(base.path, cfg).tokenizer.get_vocab()
+    is_function = common.FUNCTION.fullmatch(rm.path)
+    theirs = {} if is_function else common.Codec(rm.path, cfg).tokenizer.get_vocab()
+    if own.items() <= theirs.items():
+        load_critic = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
         mean, std = float(samples.rewards.mean()), float(samples.rewards.std())
     else:
         print0("  the critic starts from the base policy with a new head")
         codec = reward_model.padding_codec(base.path, cfg)
-        load = functools.partial(reward_model.new_classifier, base.path, codec)
+        load_critic = functools.partial(reward_model.new_classifier, base.path, codec)
         mean, std = 0.0, 1.0
     model = common.load_for_training(functools.partial(common.load_model, base.path), cfg)
-    critic = reward_model.RewardModel(common.load_for_training(load, cfg), cfg)
+    critic = reward_model.RewardModel(common.load_for_training(load_critic, cfg), cfg)
     return ActorCritic(model, critic, mean, std, cfg)
-
-
-def make_optimizer(actor: ActorCritic, cfg: Config, iterations: int) -> tuple[Any, Any]:
-    """AdamW without weight decay; the rates of policy and critic decay linearly to 0."""
-    updates = iterations * cfg.ppo_epochs * math.ceil(cfg.rollout_batch_size / cfg.batch_size)
-    groups = [{"params": list(actor.model.parameters()), "lr": cfg.lr},
-              {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}]
-    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
 
 
 def roll_out(actor: ActorCritic, codec: common.Codec, ids: list[list[int]], cfg: Config, seed: int,
              cost: Cost) -> tuple[list[str], list[bool], list[Example]]:
-    """The policy's responses to a batch of prompts' ids, all ranks together: their texts, whether
-    they were cut off, and with their prompts as examples."""
+    """Responses to a batch of prompts' ids: texts, whether they were cut off, and examples."""
     responses = common.sample(common.sampling_copy(actor.model, cfg), ids, cfg, seed,
                               codec.stop_ids, cost, cfg.temperature, what="rollout")
-    examples = [Example(np.array(p + r.ids), np.arange(len(p) + len(r.ids)) >= len(p))
-                for p, r in zip(ids, responses)]
-    return [codec.decode(r) for r in responses], [r.truncated for r in responses], examples
+    examples = []
+    for prompt, response in zip(ids, responses):
+        tokens = np.array(prompt + response.ids)
+        examples.append(Example(tokens, np.arange(len(tokens)) >= len(prompt)))
+    texts = [codec.decode(response) for response in responses]
+    return texts, [response.truncated for response in responses], examples
 
 
 def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule: Any,
            examples: list[Example], cfg: Config, seed: int, cost: Cost) -> dict:
-    """--ppo_epochs passes over an iteration's examples; returns means over all their tokens."""
+    """--ppo_epochs passes over an iteration's examples; returns what to log, means over tokens."""
     statistics = torch.zeros(3, device=common.device())
-    loss, value_loss, norms, tokens = 0.0, 0.0, [], 0
+    loss = value_loss = 0.0
+    tokens = 0
     kernel = functools.partial(clipped_surrogate_, temperature=cfg.temperature, clip=cfg.clip,
                                statistics=statistics)
     steps = cfg.ppo_epochs * math.ceil(len(examples) / cfg.batch_size)
@@ -221,73 +207,66 @@ def update(policy: torch.nn.Module, actor: ActorCritic, optimizer: Any, schedule
             policy.require_backward_grad_sync = micro is batch.micros[-1]  # DDP: reduce once
             surrogate, value_error = policy(micro, kernel, cfg.clip)
             ((surrogate + cfg.value_coef * value_error) / batch.normaliser).backward()
-            loss, value_loss = loss + surrogate.detach(), value_loss + value_error.detach()
+            loss += surrogate.detach()
+            value_loss += value_error.detach()
             cost.add_forward(actor.model, len(micro.input_ids), passes=3)
             cost.add_forward(actor.critic.model, len(micro.input_ids), passes=3)
-        norm, critic_norm = (torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                             for module in (actor.model, actor.critic))
-        if norm.isfinite() and critic_norm.isfinite():  # else skipped, on all ranks alike
-            optimizer.step()
-            norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+        grad_norm = torch.nn.utils.clip_grad_norm_(actor.model.parameters(), 1.0)
+        critic_grad_norm = torch.nn.utils.clip_grad_norm_(actor.critic.parameters(), 1.0)
+        optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         tokens += batch.tokens
     share = common.world_size() / tokens  # the log averages over ranks
     approx_kl, clip_fraction, entropy = statistics * share
     return {"loss": loss * share, "value_loss": value_loss * share, "approx_kl": approx_kl,
-            "clip_fraction": clip_fraction, "entropy": entropy, "lr": lr,
-            "grad_norm": float(np.mean(norms)) if norms else math.nan}  # of the updates made
+            "clip_fraction": clip_fraction, "entropy": entropy, "lr": lr, "grad_norm": grad_norm,
+            "critic_grad_norm": critic_grad_norm}
 
 
 def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, rm: Stage,
           prompts: list) -> None:
     """Trains the policy, from the base policy's weights, into the folder."""
     codec = common.Codec(base.path, cfg)
-    score, reference = rm.load(), common.load_policy(base.path, cfg, frozen=True)
+    score = rm.load()
+    reference = common.load_policy(base.path, cfg, frozen=True)
     actor = new_actor(cfg, base, rm, samples)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
-    ids, size = [codec.prompt(prompt) for prompt in prompts], cfg.rollout_batch_size
+    ids = [codec.prompt(prompt) for prompt in prompts]
+    size = cfg.rollout_batch_size
     iterations = cfg.steps or math.ceil(cfg.epochs * len(prompts) / size)
     passes = math.ceil(iterations * size / len(prompts))
     order = np.concatenate([np.random.default_rng((cfg.seed, turn)).permutation(len(prompts))
                             for turn in range(passes)])
-    optimizer, schedule = make_optimizer(actor, cfg, iterations)
-    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {size} responses, "
-           f"each learnt from in {cfg.ppo_epochs} passes by {cfg.batch_size}")
+    groups = [{"params": list(actor.model.parameters()), "lr": cfg.lr},
+              {"params": list(actor.critic.parameters()), "lr": cfg.critic_lr}]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    updates = iterations * cfg.ppo_epochs * math.ceil(size / cfg.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / updates)
+    print0(f"  {len(prompts):,} prompts; {iterations} iterations of {size} responses")
+
+    def log_probs_of(policy: common.Policy, rollout: list[Example]) -> list[list[float]]:
+        log_probs = functools.partial(policy.log_probs, temperature=cfg.temperature)
+        return common.each_response_token(log_probs, policy.model, rollout, cfg, cost)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost) as run:
         for iteration in range(run.first, iterations):
-            clock, seed = [time.perf_counter()], (iteration + 2) * 1_000_003 + cfg.seed
-            batch = order[iteration * size:][:size]
+            batch = order[iteration * size:(iteration + 1) * size]
+            seed = (iteration + 2) * 1_000_003 + cfg.seed
             texts, truncated, rollout = roll_out(actor, codec, [ids[i] for i in batch], cfg, seed,
                                                  cost)
-            clock.append(time.perf_counter())
-
-            z = samples.z(score([prompts[i] for i in batch], texts, truncated, cost,
-                                generated=[True] * len(texts)))
+            scores = score([prompts[i] for i in batch], texts, truncated, cost,
+                           generated=[True] * len(texts))
+            z = samples.z(scores)
             z = np.where(truncated, np.minimum(z, cfg.missing_eos_score), z)
-            clock.append(time.perf_counter())
-
             # by the training forward, not the sampler's: the first ratio is 1, in bfloat16 too
-            old_log_probs, base_log_probs = (common.each_response_token(
-                functools.partial(module.log_probs, temperature=cfg.temperature), module.model,
-                rollout, cfg, cost) for module in (actor, reference))
+            old_log_probs = log_probs_of(actor, rollout)
+            base_log_probs = log_probs_of(reference, rollout)
             values = common.each_response_token(actor.values, actor.critic.model, rollout, cfg,
                                                 cost)
-            examples, reward_metrics = prepare(rollout, old_log_probs, base_log_probs, values, z,
-                                               cfg)
-            clock.append(time.perf_counter())
-
-            update_metrics = update(policy, actor, optimizer, schedule, examples, cfg,
-                                    seed % 2**32, cost)
-            clock.append(time.perf_counter())
-
-            seconds, tokens = np.diff(clock), sum(int(e.mask.sum()) for e in examples)
-            run.log(iteration, **reward_metrics, **update_metrics, tokens=tokens,
-                    response_tokens=tokens / len(examples), eos_rate=1 - np.mean(truncated),
-                    generation_share=seconds[0] / seconds.sum(),
-                    rollout_tokens_per_second=tokens / seconds[0],
-                    **dict(zip(("rollout_s", "score_s", "log_probs_s", "update_s"), seconds)))
+            examples, rewards = prepare(rollout, old_log_probs, base_log_probs, values, z, cfg)
+            losses = update(policy, actor, optimizer, schedule, examples, cfg, seed % 2**32, cost)
+            run.log(iteration, **rewards, **losses, eos_rate=1 - np.mean(truncated))
     common.save_policy(folder, policy, codec, cfg)
 
 
