@@ -6,21 +6,25 @@ what it costs.
     python benchmarks/compare.py --mini --out runs/mini   # a test, not a result
 
 Runs the scripts with their toy defaults, one folder per seed (finished stages are used again), and
-writes table.md into --out.  The other benchmarks take from here what all of them need: start,
-machine, interval, shown, markdown, toy, tiny_base.
+writes table.md into --out.  The other benchmarks import from here what they share: command lines,
+the machine's description, intervals, tables, files of rows, running the scripts.
 """
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import json
 import math
 import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import numpy as np
 import torch
@@ -39,8 +43,6 @@ from common import flag
 SCRIPTS = {"sft": (mle_filter, {"keep": 1.0}), "mle_filter": (mle_filter, {}), "rwr": (rwr, {}),
            "dt": (dt, {"target": ["q5", "q25", "q50", "q75", "q95", "q99"]}),
            "ppo": (ppo_baseline, {})}
-MINI = {"steps": 2, "eval_prompts": 8}
-MINI_PPO = {**MINI, "rollout_batch_size": 16, "batch_size": 8}
 UNITS = {"total_flops": "FLOPs", "total_seconds": "seconds"}
 
 
@@ -51,10 +53,10 @@ class Config:
                             "every one")
     methods: list[str] = flag(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
     out: str = flag("runs/compare", "folder of the runs and of table.md")
-    mini: bool = flag(False, "two steps of each method on one seed: a test of this script")
+    mini: bool = flag(False, "a step or two of each method, on one seed: a test of this script")
 
 
-# ---------------------------------------------------------------------- what all benchmarks need
+# --------------------------------------------------------------------- what the benchmarks share
 
 
 def start(main: Callable, kind: type) -> None:
@@ -117,9 +119,67 @@ def markdown(rows: list[dict[Any, Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a JSONL file, if it exists; a line that a kill broke off is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def append_rows(file: Path, rows: list[dict]) -> None:
+    """Adds rows to a JSONL file."""
+    with open(file, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def train_each(train: Callable, cells: list, cfg: Any) -> Iterator[Any]:
+    """Calls train(cell, cfg), of --jobs cells at a time; yields the cells in order, as they end."""
+    if cfg.jobs == 1:
+        for cell in cells:
+            train(cell, cfg)
+            yield cell
+        return
+    with ThreadPoolExecutor(cfg.jobs) as pool:
+        for cell, _ in zip(cells, pool.map(train, cells, [cfg] * len(cells))):
+            yield cell
+
+
+def run_script(folder: Path, script: str, *flags: object, apart: bool = False) -> None:
+    """Runs one of the project's scripts into a folder, with what it prints in log.txt there; apart:
+    in a process of its own, on one thread.  Raises BadInput if it fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    args, status = ["--out", str(folder), *map(str, flags)], 0
+    with open(folder / "log.txt", "a") as log:
+        if apart:
+            command = [sys.executable, str(ROOT / script), *args]
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+            status = subprocess.run(command, stdout=log, stderr=log, env=one_thread).returncode
+        else:
+            module = importlib.import_module(Path(script).stem)
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                try:
+                    common.launch(module.main, module.Config, args)
+                except SystemExit as stop:
+                    status = stop.code
+    last = (folder / "log.txt").read_text().splitlines()[-1:]
+    common.require(status == 0, f"{folder}/log.txt: {script} ended with status {status}: {last}")
+
+
 def shrink_toy_world() -> None:
-    """For --mini: a base policy and a reward model of few steps, few generated samples."""
-    common.BASE_STEPS, common.TOY["samples_per_prompt"], reward_model.TOY["steps"] = 5, 1, 5
+    """For --mini: 150 preference pairs, short replies, one or two steps of training."""
+    common.BASE_STEPS = 2
+    common.TOY |= {"samples_per_prompt": 1, "max_response_tokens": 8, "eval_prompts": 8}
+    for script in (reward_model, mle_filter, rwr, dt):
+        script.TOY["steps"] = 2
+    ppo_baseline.TOY |= {"steps": 1, "rollout_batch_size": 16, "batch_size": 8}
+    toy_data = common.toy_data
+
+    @functools.cache
+    def first_pairs(out: str, seed: int) -> str:
+        folder = toy_data(out, seed)
+        for file in Path(folder).glob("*.jsonl"):
+            common.write_beside(file, file.read_text().splitlines()[:150])
+        return folder
+    common.toy_data = first_pairs
 
 
 def toy(script: Any, **flags: Any) -> Any:
@@ -127,13 +187,14 @@ def toy(script: Any, **flags: Any) -> Any:
     return script.Config(**{**common.TOY, **script.TOY, **flags})
 
 
-def tiny_base(folder: str, texts: list[str], **shape: Any) -> common.Stage:
+def tiny_base(folder: str, texts: list[str], vocabulary: int = 400, seed: int = 0,
+              **shape: Any) -> common.Stage:
     """A Llama of random weights, of a tiny shape unless given another, and a tokenizer of these
     texts, saved in a folder."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
-    tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, 400, show_progress=False)
+    tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, vocabulary, show_progress=False)
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device(common.device()):
         LlamaForCausalLM(LlamaConfig(**{
             "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
@@ -154,11 +215,9 @@ def run(cfg: Config) -> dict[str, list[dict]]:
         for method in cfg.methods:
             print(f"seed {seed}, {method}", flush=True)
             script, flags = SCRIPTS[method]
-            if cfg.mini:
-                flags = {**flags, **(MINI_PPO if method == "ppo" else MINI)}
             with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
                 script.main(toy(script, seed=seed, out=str(folder), **flags))
-        for _, row in common.read_jsonl(folder / "leaderboard.jsonl"):
+        for row in read_rows(folder / "leaderboard.jsonl"):
             if row["algorithm"] in ("base", *cfg.methods):
                 rows.setdefault(f"{row['algorithm']} {row['variant']}".strip(), []).append(row)
     most = max(map(len, rows.values()))

@@ -45,7 +45,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from compare import interval, machine, markdown, shown, shrink_toy_world, start, toy
+from compare import (append_rows, interval, machine, markdown, read_rows, shown, shrink_toy_world,
+                     start, toy)
 
 import common
 import dt
@@ -67,6 +68,9 @@ class Config:
     assets: str = flag("assets", "folder of the picture")
 
 
+RIVALS = ("filter 0.05", "filter 0.2", "RWR")
+
+
 class Sizes(NamedTuple):
     """How large the cells are."""
     seeds: tuple = tuple(range(10))
@@ -74,6 +78,7 @@ class Sizes(NamedTuple):
     tuning_seeds: tuple = (100, 101)
     steps: tuple = (20, 60, 120, 200, 600, 2000)
     few_steps: tuple = (120, 600)     # under other conditions than the main ones
+    few_rivals: tuple = RIVALS        # under the same
     tuned_steps: tuple = (60, 200, 600)
     samples: int = 10_000
     few_samples: int = 1_000
@@ -82,14 +87,13 @@ class Sizes(NamedTuple):
     prompts: int = 256                # replies to each target
 
 
-MINI = Sizes(seeds=(0,), tuning_seeds=(0,), steps=(2,), few_steps=(2,), tuned_steps=(2,),
-             samples=300, few_samples=200, noise=(2.5,), lrs=(3e-3,), prompts=4)
+MINI = Sizes(seeds=(0,), tuning_seeds=(0,), steps=(2,), few_steps=(2,), few_rivals=("RWR",),
+             tuned_steps=(2,), samples=300, few_samples=200, noise=(2.5,), lrs=(3e-3,), prompts=4)
 EMPHASES = (0.0, 1.0, 2.0, 4.0)
 QUANTILES = ("q5", "q50", "q95", "q99")                             # the slope is fitted to these
 LEVELS = ("-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2")  # nine targets, a digit each
 METHODS = {"DT": (dt, {}), "filter 0.05": (mle_filter, {"keep": 0.05}),
            "filter 0.2": (mle_filter, {"keep": 0.2}), "RWR": (rwr, {})}
-RIVALS = ("filter 0.05", "filter 0.2", "RWR")
 CONTROLS = ("loss weights", "upper half")
 CONDITIONS = {"no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
               "long tag": {"reward_format": "decimal"}}  # flags of DT
@@ -122,10 +126,10 @@ def plan(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
     side += [Job(rival, steps, at) for steps in last for rival in RIVALS]
     for samples, noise in [(size.few_samples, 0.0), *((at, noise) for noise in size.noise)]:
         side += [Job("DT", steps, samples, e, "", noise) for steps in few for e in both]
-        side += [Job(rival, few[-1], samples, 0.0, "", noise) for rival in RIVALS]
+        side += [Job(rival, few[-1], samples, 0.0, "", noise) for rival in size.few_rivals]
     side += [Job("DT", steps, at, e, condition) for steps in few for condition in CONDITIONS
              for e in both]
-    side += [Job(rival, steps, at, both[1]) for steps in few for rival in RIVALS]
+    side += [Job(rival, steps, at, both[1]) for steps in few for rival in size.few_rivals]
     cells = [(job, seed) for job in jobs for seed in seeds]
     cells += [(job, seed) for job in side for seed in seeds if seed in size.few_seeds]
     return [job._replace(seed=seed, lr=learning_rate(job, tuned))
@@ -293,20 +297,13 @@ def run(job: Job, cfg: Config, size: Sizes) -> dict:
 
 def work(jobs: list[Job], cfg: Config, size: Sizes, file: Path) -> None:
     """Runs the jobs that are not in the file yet; appends each one's row as it ends."""
-    done = set(map(job_of, read(file)))
+    done = set(map(job_of, read_rows(file)))
     missing = [job for job in jobs if job not in done]
     known = {name: machine()[name] for name in ("date", "commit", "cpu", "torch")}
     for i, job in enumerate(missing):
         row = {**run(job, cfg, size), **known}
-        with open(file, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        append_rows(file, [row])
         print(f"{i + 1} of {len(missing)}: {job}: gold {row['gold']:.2f}", flush=True)
-
-
-def read(file: Path) -> list[dict]:
-    """Result rows; a line that a kill broke off is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def job_of(row: dict) -> Job:
@@ -431,11 +428,11 @@ def main(cfg: Config) -> None:
     tuned, file = common.read_record(out / "tuned.json"), out / "results.jsonl"
     for _ in range(2 if cfg.tune else 0):  # the second time with the P that the first has chosen
         work(plan_tuning(seeds, size, tuned), cfg, size, file)
-        tuned = choose(read(file), size)
+        tuned = choose(read_rows(file), size)
         common.write_beside(out / "tuned.json", [json.dumps(tuned)])
     jobs = plan(seeds, size, tuned)
     if cfg.report:
-        rows = [row for row in read(file) if job_of(row) in set(jobs)]
+        rows = [row for row in read_rows(file) if job_of(row) in set(jobs)]
         common.require(rows, f"{file}: none of these cells yet")
         report(rows, size, out, Path(cfg.assets))
     elif not cfg.tune:

@@ -27,12 +27,9 @@ walks which the policy takes itself, round after round; the filters here have th
 from __future__ import annotations
 
 import json
-import os
 import random
 import string
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +37,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from compare import ROOT, machine, markdown, shown, start
+from compare import (append_rows, machine, markdown, read_rows, run_script, shown, start, tiny_base,
+                     train_each)
 
 import common
 from common import Cost, flag
@@ -138,7 +136,7 @@ class Config:
     held_out: float = flag(1e-9, "share of starts from which no walk is trained on; 1e-9: none")
     out: str = flag("runs/random_walks", "folder of the runs and of rows.jsonl; finished runs in "
                     "it are not run again")
-    jobs: int = flag(2, "runs at a time, each on one thread")
+    jobs: int = flag(2, "runs at a time, each in a process of its own, on one thread")
     tune: bool = flag(False, f"run the grid of learning rates, on seeds {TUNING_SEEDS}")
     report: bool = flag(False, "run nothing: print the table of what has run")
     mini: bool = flag(False, "a few steps of two methods: a test of this script")
@@ -151,7 +149,8 @@ class Config:
         if self.tune:
             self.seeds = TUNING_SEEDS
         if self.mini:
-            self.seeds, self.steps, self.methods = [0], PPO_UPDATES, ["dt_emphasis", "ppo"]
+            self.seeds, self.methods = [0], ["dt_emphasis", "ppo"]
+            self.steps, self.jobs = PPO_UPDATES, 1
 
 
 class Cell(NamedTuple):
@@ -170,36 +169,18 @@ class Cell(NamedTuple):
         return record.parent
 
 
-def run_script(folder: Path, script: str, *flags: object) -> None:
-    """Runs one of the project's scripts into a folder, on one thread, with what it prints in
-    log.txt there.  Raises BadInput if it fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / script), "--out", str(folder), *map(str, flags)]
-    with open(folder / "log.txt", "a") as log:
-        done = subprocess.run(command, stdout=log, stderr=log,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-    common.require(done.returncode == 0,
-                   f"{script} ended with status {done.returncode}: see {folder}/log.txt")
-
-
 def make_world(home: Path, seed: int) -> None:
     """Writes a seed's logged walks and its model of random weights."""
-    from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     rng = random.Random(seed)
     walks = [json.dumps(random_walk(rng)) for _ in range(1000)]
-    tokenizer = GPT2TokenizerFast().train_new_from_iterator(walks, 257, show_progress=False)
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=None))
-    model.save_pretrained(home / "untrained")
-    tokenizer.save_pretrained(home / "untrained")
+    tiny_base(str(home / "untrained"), walks, 257, seed, hidden_size=64, intermediate_size=192,
+              num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
+              tie_word_embeddings=True, bos_token_id=None, pad_token_id=None)
     common.write_beside(home / "walks.jsonl", walks)
 
 
-def train(cell: Cell, cfg: Config) -> Cell:
-    """Trains a cell's policy by the project's script; returns the cell."""
+def train(cell: Cell, cfg: Config) -> None:
+    """Trains a cell's policy by the project's script."""
     home, steps = Path(cfg.out, f"seed{cell.seed}"), cfg.steps
     if cell.method == "base":
         model, script, own = home / "untrained", "mle_filter.py", ["--keep", 1.0]
@@ -213,8 +194,8 @@ def train(cell: Cell, cfg: Config) -> Cell:
                "--reward_model", f"{Path(__file__).resolve()}:optimality", "--lr", cell.lr,
                "--steps", steps, "--batch_size", 32, "--seed", cell.seed,
                "--held_out", cfg.held_out, "--max_prompt_tokens", 8, "--max_response_tokens",
-               MOST_MOVES + 1, "--eval_prompts", 0, "--save_every", 0, "--dtype", "fp32")
-    return cell
+               MOST_MOVES + 1, "--eval_prompts", 0, "--save_every", 0, "--dtype", "fp32",
+               apart=cfg.jobs > 1)
 
 
 def evaluate(cell: Cell, cfg: Config) -> list[dict]:
@@ -242,10 +223,8 @@ def evaluate(cell: Cell, cfg: Config) -> list[dict]:
 
 def finished(cfg: Config) -> list[dict]:
     """The rows of rows.jsonl with these settings."""
-    file = Path(cfg.out, "rows.jsonl")
-    rows = [row for _, row in common.read_jsonl(file)] if file.exists() else []
-    return [row for row in rows if row["steps"] == cfg.steps and row["held_out"] == cfg.held_out
-            and row["seed"] in cfg.seeds]
+    return [row for row in read_rows(Path(cfg.out, "rows.jsonl")) if row["steps"] == cfg.steps
+            and row["held_out"] == cfg.held_out and row["seed"] in cfg.seeds]
 
 
 def run(cfg: Config) -> None:
@@ -258,14 +237,12 @@ def run(cfg: Config) -> None:
     bases = [Cell("base", seed, BASE_LR) for seed in cfg.seeds]
     others = [Cell(method, seed, lr) for seed in cfg.seeds for method in cfg.methods
               for lr in (GRID if cfg.tune else [LR[method]])]
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        for cells in bases, others:
-            missing = [cell for cell in cells if cell not in done]
-            for cell in pool.map(train, missing, [cfg] * len(missing)):
-                rows = evaluate(cell, cfg)
-                print(*cell, *(f"{row['optimality']:.3f}" for row in rows), flush=True)
-                with open(Path(cfg.out, "rows.jsonl"), "a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in rows)
+    for cells in bases, others:
+        missing = [cell for cell in cells if cell not in done]
+        for cell in train_each(train, missing, cfg):
+            rows = evaluate(cell, cfg)
+            append_rows(Path(cfg.out, "rows.jsonl"), rows)
+            print(*cell, *(f"{row['optimality']:.3f}" for row in rows), flush=True)
 
 
 def table(rows: list[dict], cfg: Config) -> str:

@@ -2,19 +2,20 @@
 
     python benchmarks/real_model.py --model SMOLLM2
     python benchmarks/real_model.py --model SMOLLM2 --methods dt_word_2 rwr --steps 100 200
+    python benchmarks/real_model.py --report                # the table of what has run
     python benchmarks/real_model.py --mini --out runs/mini  # a test, not a result
 
 SMOLLM2 is SmolLM2-135M-Instruct, as a folder or Hub id.  The prompts, "What do you think of rain?",
 come from a small grammar and are split into training, tuning and test.  The reward of a reply is
 sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip install vaderSentiment).
 
-    replies  the model answers each training prompt 20 times, in 24 tokens: 5,280 samples
-    tune     a grid of learning rates for each method at --tune_steps; the best on the tuning
-             prompts, by slope for DT and by sentiment for the others, is used at all step counts.
-             DT is tuned with emphasis 2, which decides for 0 and 4 too
-    train    each method at each of --steps, evaluated on the test prompts; the base policy; and
-             best of n, its own replies, the best of n of which is kept
-    report   the table, of what there is
+1. Replies: the model answers each training prompt 20 times, in 24 tokens: 5,280 samples.
+2. Learning rates: each of three for each method, at 200 steps.  The best on the tuning prompts, by
+   slope for DT and by sentiment for the others, is used at all step counts.  DT is tuned with
+   emphasis 2, which decides for 0 and 4 too.
+3. Runs: each method at each of --steps, evaluated on the test prompts; the base policy; and best of
+   n, its own replies, the best of n of which is kept.
+4. The table.
 
 Each step count is a run with a learning-rate schedule of its own: a checkpoint on the way would
 come from a schedule that has not ended.  At equal steps all methods read equally many sequences,
@@ -33,7 +34,6 @@ import functools
 import json
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -41,8 +41,8 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import torch
 
-from compare import machine, markdown, start, tiny_base
-from random_walks import run_script
+from compare import (append_rows, machine, markdown, read_rows, run_script, start, tiny_base,
+                     train_each)
 
 import common
 import reward_model
@@ -93,9 +93,8 @@ for tag in ("digit", "word"):
     for emphasis in (0, 2, 4):
         METHODS[f"dt_{tag}_{emphasis}"] = [
             "dt.py", "--reward_format", tag, "--emphasis", emphasis, "--target", "q5", "q95"]
-RATES = (3e-5, 1e-4, 3e-4)
+RATES, TUNING_STEPS = (3e-5, 1e-4, 3e-4), 200
 BATCH_SIZE = 16
-STAGES = ("replies", "tune", "train", "report")
 REWARD = f"{Path(__file__).resolve()}:sentiment"
 
 
@@ -104,22 +103,19 @@ class Config:
     """What to run."""
     model: Optional[str] = flag(None, "folder or Hub id of an instruct model")
     out: str = flag("runs/real_model", "folder of the runs and of rows.jsonl")
-    stages: list[str] = flag(list(STAGES), f"of {', '.join(STAGES)}")
     methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
     steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps, a run each; 0: as it is")
-    tune_steps: int = flag(200, "optimiser steps of the runs that choose the learning rates")
-    replies: int = flag(20, "replies to each training prompt")
-    jobs: int = flag(2, "runs at a time, each on one CPU thread")
+    jobs: int = flag(2, "runs at a time, each in a process of its own, on one thread")
+    report: bool = flag(False, "run nothing: print the table of what has run")
     mini: bool = flag(False, "a tiny model and a handful of prompts: a test of this script")
 
     def __post_init__(self) -> None:
-        common.require(self.model or self.mini or self.stages == ["report"],
+        common.require(self.model or self.mini or self.report,
                        "give --model, the folder of SmolLM2-135M-Instruct")
-        for name, choices in ("stages", STAGES), ("methods", METHODS):
-            common.require(set(getattr(self, name)) <= set(choices),
-                           f"--{name}: choose from {', '.join(choices)}")
+        common.require(set(self.methods) <= set(METHODS),
+                       f"--methods: choose from {', '.join(METHODS)}")
         if self.mini:
-            self.methods, self.steps, self.tune_steps = ["filter", "dt_word_2"], [2], 1
+            self.methods, self.steps, self.jobs = ["filter", "dt_word_2"], [2], 1
 
 
 class Cell(NamedTuple):
@@ -148,7 +144,8 @@ def write_replies(cfg: Config) -> None:
              for split, each in prompts.items()}
     common.write_beside(out / "prompts.jsonl", lines["train"])
     own = common.Config(**shared_flags(cfg), samples=str(out / "prompts.jsonl"), eval_prompts=0,
-                        samples_per_prompt=cfg.replies, out=str(out / "replies"), held_out=1e-9)
+                        samples_per_prompt=3 if cfg.mini else 20, held_out=1e-9,
+                        out=str(out / "replies"))
     base = common.base_policy(own)
     data = common.read_data(own, base)
     rm = reward_model.for_run(own, base, data)
@@ -159,15 +156,14 @@ def write_replies(cfg: Config) -> None:
         common.write_beside(out / split / "data" / "test.jsonl", lines[split])
 
 
-def train(cell: Cell, cfg: Config) -> Cell:
-    """Trains and evaluates a cell's policy by the project's script; returns the cell."""
+def train(cell: Cell, cfg: Config) -> None:
+    """Trains and evaluates a cell's policy by the project's script."""
     script, *own = METHODS[cell.method]
     steps, lr = (cell.steps, cell.lr) if cell.steps else (1, 1e-12)  # no weight moves
     flags = {**shared_flags(cfg), "samples": Path(cfg.out, cell.split, "data"), "judge": REWARD,
              "lr": lr, "steps": steps, "eval_prompts": 2 * len(split_prompts(cfg)[cell.split])}
     own += [text for name, value in flags.items() for text in (f"--{name}", value)]
-    run_script(cell.folder(cfg), script, *own)
-    return cell
+    run_script(cell.folder(cfg), script, *own, apart=cfg.jobs > 1)
 
 
 def by_prompt(replies: list[dict], name: str) -> np.ndarray:
@@ -192,14 +188,13 @@ def summary(replies: list[dict]) -> dict:
 def evaluated(cell: Cell, cfg: Config) -> dict:
     """A row: what a cell's policy says to held-out prompts, as the script has evaluated it."""
     folder = cell.folder(cfg)
-    replies = {file.stem: [reply for _, reply in common.read_jsonl(file)]
-               for file in (folder / "evaluation").glob("*.jsonl")}
+    replies = {file.stem: read_rows(file) for file in (folder / "evaluation").glob("*.jsonl")}
     del replies["base"]
     if not cell.method.startswith("dt"):
         only, = replies.values()
         return {**cell._asdict(), **summary(only)}
     target = {entry["variant"]: entry["target"]
-              for _, entry in common.read_jsonl(folder / "leaderboard.jsonl")}
+              for entry in read_rows(folder / "leaderboard.jsonl")}
     low, high = (by_prompt(replies[f"dt_target_{name}"], "reward") for name in ("q5", "q95"))
     slope = (high - low) / (target["target q95"] - target["target q5"])                 # (P,)
     return {**cell._asdict(), "slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
@@ -228,28 +223,25 @@ def best_of_n(cfg: Config) -> list[dict]:
 
 def finished(cfg: Config) -> list[dict]:
     """The rows of rows.jsonl."""
-    file = Path(cfg.out, "rows.jsonl")
-    return [row for _, row in common.read_jsonl(file)] if file.exists() else []
+    return read_rows(Path(cfg.out, "rows.jsonl"))
 
 
-def append(cfg: Config, rows: list[dict]) -> None:
-    """Adds rows to rows.jsonl, with what they were measured on."""
-    with open(Path(cfg.out, "rows.jsonl"), "a") as file:
-        file.writelines(json.dumps({**row, **machine()}) + "\n" for row in rows)
+def append(row: dict, cfg: Config) -> None:
+    """Adds a row to rows.jsonl, with what it was measured on."""
+    append_rows(Path(cfg.out, "rows.jsonl"), [{**row, **machine()}])
 
 
 def run(cells: list[Cell], cfg: Config) -> None:
     """Trains and evaluates the cells that have no row yet, and then drops their weights."""
     done = {tuple(row[name] for name in Cell._fields) for row in finished(cfg)}
     missing = [cell for cell in cells if cell not in done]
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        for cell in pool.map(train, missing, [cfg] * len(missing)):
-            row = evaluated(cell, cfg)
-            append(cfg, [row])
-            for weights in cell.folder(cfg).glob("*/*.safetensors"):
-                weights.unlink()  # half a gigabyte, which nothing reads again
-            print(*cell, *(f"{name} {row[name][0]:.3f}" for name in ("slope", "sentiment")
-                           if name in row), flush=True)
+    for cell in train_each(train, missing, cfg):
+        row = evaluated(cell, cfg)
+        append(row, cfg)
+        for weights in cell.folder(cfg).glob("*/*.safetensors"):
+            weights.unlink()  # half a gigabyte, which nothing reads again
+        print(*cell, *(f"{name} {row[name][0]:.3f}" for name in ("slope", "sentiment")
+                       if name in row), flush=True)
 
 
 def tuned_as(method: str) -> str:
@@ -261,7 +253,6 @@ def best_rate(method: str, cfg: Config) -> float:
     """The learning rate of the grid that did best on the tuning prompts."""
     tried = [row for row in finished(cfg)
              if (row["split"], row["method"]) == ("tuning", tuned_as(method))]
-    common.require(tried, f"no learning rate for {method} yet: run --stages tune first")
     return max(tried, key=lambda row: row.get("slope", row["sentiment"])[0])["lr"]
 
 
@@ -302,28 +293,32 @@ def tiny_chat_model(folder: Path) -> str:
     return str(folder)
 
 
-def main(cfg: Config) -> None:
-    """The stages that were asked for, in order."""
-    if cfg.stages != ["report"]:
-        analyser()  # if it is missing, now is the time to say so
+def measure(cfg: Config) -> None:
+    """Everything before the table, as far as it is missing."""
+    analyser()  # if it is missing, now is the time to say so
     torch.set_num_threads(cfg.jobs)
     if cfg.mini:
         cfg.model = tiny_chat_model(Path(cfg.out, "tiny"))
-    if "replies" in cfg.stages and not Path(cfg.out, "test", "data", "test.jsonl").exists():
+    if not Path(cfg.out, "test", "data", "test.jsonl").exists():
         write_replies(cfg)
-    if "tune" in cfg.stages:
-        rates = RATES[-1:] if cfg.mini else RATES
-        run([Cell("tuning", method, cfg.tune_steps, lr)
-             for method in dict.fromkeys(map(tuned_as, cfg.methods)) for lr in rates], cfg)
-    if "train" in cfg.stages:
-        if not any(row["method"] == "base" for row in finished(cfg)):
-            append(cfg, best_of_n(cfg))
-        run(cells_to_train(cfg), cfg)
+    steps, rates = (1, RATES[-1:]) if cfg.mini else (TUNING_STEPS, RATES)
+    run([Cell("tuning", method, steps, lr)
+         for method in dict.fromkeys(map(tuned_as, cfg.methods)) for lr in rates], cfg)
+    if not any(row["method"] == "base" for row in finished(cfg)):
+        for row in best_of_n(cfg):
+            append(row, cfg)
+    run(cells_to_train(cfg), cfg)
+
+
+def main(cfg: Config) -> None:
+    """Runs what is missing; prints the table."""
+    if not cfg.report:
+        measure(cfg)
     rows = [row for row in finished(cfg) if row["split"] == "test"]
-    if "report" in cfg.stages and rows:
-        print(f"\n{rows[-1]['date']}, commit {rows[-1]['commit']}, {rows[-1]['cpu']}; "
-              f"{BATCH_SIZE} sequences a step; mean ± half of the 95 % interval over prompts\n")
-        print(table(rows))
+    common.require(rows, f"{cfg.out}: no row yet")
+    print(f"\n{rows[-1]['date']}, commit {rows[-1]['commit']}, {rows[-1]['cpu']}; "
+          f"{BATCH_SIZE} sequences a step; mean ± half of the 95 % interval over prompts\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":
