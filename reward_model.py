@@ -40,7 +40,7 @@ def bradley_terry(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
 
 
 class RewardModel(torch.nn.Module):
-    """A sequence classifier read at chosen positions, its head in float32 whatever the body's."""
+    """A sequence classifier that is read at chosen positions, its head always in float32."""
 
     def __init__(self, model: Any, cfg: common.Config):
         super().__init__()
@@ -71,35 +71,34 @@ def read_scores(rm: torch.nn.Module, sequences: list[np.ndarray], cost: Cost,
     transformers' own forward."""
     model = getattr(rm, "module", rm).model
     padding = model.config.get_text_config().pad_token_id
-    lengths, last, start = [len(ids) for ids in sequences], [], 0
-    for ids in sequences:
-        last.append(start + int(np.flatnonzero(ids != padding)[-1]))
-        start += len(ids)
-    cost.add_forward(model, start, passes)
+    lengths = [len(ids) for ids in sequences]
+    starts = np.cumsum([0, *lengths[:-1]])
+    last = [np.flatnonzero(ids != padding)[-1] for ids in sequences]  # (n,), in each sequence
+    cost.add_forward(model, sum(lengths), passes)
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(common.device())  # (T,)
-    return rm(ids, lengths, torch.tensor(last, device=common.device()))
+    return rm(ids, lengths, torch.from_numpy(starts + last).to(common.device()))
 
 
 def micro_batches(tokens: common.Tokens, pairs: np.ndarray, padded: bool,
                   cfg: Config) -> list[tuple[list[np.ndarray], torch.Tensor]]:
     """This rank's micro-batches of a step: the ids of P pairs, chosen, rejected, chosen, ..., and
     each pair's share (P,) of the step's mean."""
-    lengths = np.stack([tokens.lengths[2 * pairs], tokens.lengths[2 * pairs + 1]])      # (2, pairs)
-    held = 2 * lengths.max(0) if padded else lengths.sum(0)
-    share, micros = common.world_size() / len(pairs), []  # DDP averages gradients over ranks
+    chosen = tokens.lengths[2 * pairs]
+    rejected = tokens.lengths[2 * pairs + 1]
+    held = 2 * np.maximum(chosen, rejected) if padded else chosen + rejected
+    micros = []
     for group in common.shard_micro_batches(held.tolist(), cfg.micro_batch_tokens, padded):
         own = pairs[group] if group else pairs[:1]  # a rank without pairs still joins the forward
         sequences = [tokens[response][0] for i in own for response in (2 * i, 2 * i + 1)]
-        shares = torch.full((len(own),), share if group else 0.0, device=common.device())
-        micros.append((sequences, shares))
+        share = common.world_size() / len(pairs) if group else 0.0  # DDP averages over ranks
+        micros.append((sequences, torch.full((len(own),), share, device=common.device())))
     return micros
 
 
 def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dict:
-    """Trains the reward model, from the base policy's weights, into the folder; returns its report
-    on held-out pairs."""
-    common.require(data.held_out_preferences, "no preference is held out; give more data or a "
-                   "larger --held_out")
+    """Trains the reward model, from the base policy's weights, into the folder."""
+    common.require(data.held_out_preferences,
+                   "no preference is held out; give more data or a larger --held_out")
     codec = padding_codec(base.path, cfg)
     model = common.load_for_training(functools.partial(new_classifier, base.path, codec), cfg)
     rm = common.wrap_for_ranks(RewardModel(model, cfg), cfg)
@@ -111,7 +110,7 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
     with common.TrainingRun(folder, rm, optimizer, schedule, steps, cfg, cost) as run:
         for step, _, indices in common.step_indices(len(data.preferences), cfg.batch_size,
                                                     cfg.seed, steps, run.first):
-            loss, accuracy = 0.0, 0.0
+            loss = accuracy = 0.0
             lr = schedule.get_last_lr()[0]
             micros = micro_batches(tokens, indices, common.is_padded(model), cfg)
             for i, (sequences, share) in enumerate(micros, 1):
@@ -123,32 +122,15 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
                 loss += part.detach()
                 accuracy += common.wins(chosen - rejected) @ share
             grad_norm = torch.nn.utils.clip_grad_norm_(rm.parameters(), 1.0)
-            if grad_norm.isfinite():  # else the step is skipped, on all ranks alike
-                optimizer.step()
+            optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             run.log(step, loss=loss, accuracy=accuracy, grad_norm=grad_norm, lr=lr)
-    card = CARD.format(base=base.path, pairs=len(data.preferences))
+    card = (f"# A Bradley-Terry reward model\n\nTrained from `{base.path}`.  Load it by "
+            "`AutoModelForSequenceClassification`: its logit, read at the last token (EOS, or what "
+            "the chat template writes last), is the score.\n")
     common.save_folder(folder, model, codec, cfg, card)
     return {"report": report(data.held_out_preferences, functools.partial(score, rm, codec, cfg))}
-
-
-CARD = """# A Bradley-Terry reward model
-
-Trained from `{base}` on {pairs} pairs. A response is scored at EOS, or at the last token that the
-chat template writes:
-
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-model = AutoModelForSequenceClassification.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-ids = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
-ids += [tokenizer.eos_token_id]
-# chat: ids = tokenizer.apply_chat_template(messages, return_dict=False)
-score = model(torch.tensor([ids])).logits[0, 0]
-```
-"""
 
 
 def padding_codec(folder: str, cfg: common.Config) -> common.Codec:
@@ -193,13 +175,14 @@ def check_classifier(folder: str, model: Any) -> None:
 def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts: list,
           responses: list[str], truncated: list[bool], cost: Cost,
           generated: Optional[list[bool]] = None) -> list[float]:
-    """Raw scores, in the responses' order on every rank; none depends on its batch.  `generated`
-    are those that a policy wrote after its generation prompt; omitted: none."""
+    """Raw scores, in the responses' order on every rank; none depends on its batch.  `generated`:
+    whether a policy wrote it after its generation prompt; omitted: none."""
     generated = generated or [False] * len(prompts)
-    sequences, scores = list(map(codec.scored, prompts, responses, truncated, generated)), {}
+    sequences = list(map(codec.scored, prompts, responses, truncated, generated))
     padded = common.is_padded(getattr(rm, "module", rm).model)
     budget = common.FORWARD_ONLY * cfg.micro_batch_tokens
     groups = common.shard_micro_batches([len(ids) for ids in sequences], budget, padded)
+    scores: dict[int, float] = {}
     for group in common.progress(groups, "scoring"):
         own = [sequences[i] for i in group] if group else sequences[:1]  # to keep in step
         scores.update(zip(group, read_scores(rm, own, cost).tolist()))
@@ -207,17 +190,10 @@ def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts:
 
 
 def load_scorer(cfg: common.Config, folder: str) -> Callable:
-    """A reward model's score(prompts, responses, truncated, cost, generated), sharded where
-    training is."""
-    if common.is_sharded(cfg):
-        load = functools.partial(load_classifier, folder, torch.float32)
-        model = common.load_for_training(load, cfg).requires_grad_(False)
-        rm = common.wrap_for_ranks(RewardModel(model, cfg), cfg)
-    else:
-        model = load_classifier(folder, common.compute_dtype(cfg), common.device())
-        rm = RewardModel(model, cfg)
+    """A reward model's score(prompts, responses, truncated, cost, generated)."""
+    model = load_classifier(folder, common.compute_dtype(cfg), common.device())
     codec = common.Codec(folder, cfg)
-    scorer = functools.partial(score, rm, codec, cfg)
+    scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
     base = common.Codec(cfg.model or folder, cfg)
     if codec.tokenizer.chat_template != base.tokenizer.chat_template:  # its own renders all replies
         return lambda *columns, generated=None: scorer(*columns)
@@ -225,61 +201,51 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
 
 
 def report(pairs: list[Preference], score: Callable) -> dict:
-    """Accuracy on held-out pairs, ties half, and as a control that of length alone."""
+    """The accuracy on held-out pairs, ties half, and its standard error."""
     prompts, chosen, rejected = zip(*pairs)
     scores = torch.tensor(score(prompts * 2, chosen + rejected, [False] * 2 * len(pairs), Cost()))
     right = common.wins(scores[:len(pairs)] - scores[len(pairs):])                      # (P,)
-    lengths = torch.tensor([float(len(c) - len(r)) for c, r in zip(chosen, rejected)])
-    longer = float(common.wins(lengths).mean())
-    accuracy, error = float(right.mean()), float(right.std(correction=0)) / math.sqrt(len(pairs))
-    print0(f"  {len(pairs):,} held-out pairs: accuracy {accuracy:.3f} ± {error:.3f}; control: "
-           f"{'longer' if longer >= 0.5 else 'shorter'} wins {max(longer, 1 - longer):.3f}")
+    accuracy = float(right.mean())
+    error = float(right.std(correction=0)) / math.sqrt(len(pairs))
+    print0(f"  {len(pairs):,} held-out pairs: accuracy {accuracy:.3f} ± {error:.3f}")
     if accuracy - 2 * error <= 0.5:
-        print0("  warning: not clearly better than chance; try more pairs, or a higher --lr (a "
-               "model of 100M weights needs about 1e-4)")
-    return {"pairs": len(pairs), "accuracy": accuracy, "error": error, "longer": longer}
+        print0("  warning: not clearly better than chance; try more pairs, or a higher --lr")
+    return {"pairs": len(pairs), "accuracy": accuracy, "error": error}
 
 
 def given(cfg: common.Config, spec: str) -> Stage:
     """The stage of a --reward_model or --judge: FILE.py:FUNCTION, or a classifier's folder."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
-    function, own = common.FUNCTION.fullmatch(spec), Path(cfg.out, "rm")
+    function = common.FUNCTION.fullmatch(spec)
     if function:
-        scorer, file = common.load_function(spec), function[1]
-        settings = {"function": f"{Path(file).name}:{function[2]}",
-                    "content": common.content_hash(file)}
+        scorer = common.load_function(spec)
+        settings = {"function": Path(spec).name, "content": common.content_hash(function[1])}
         return Stage(spec, settings, load=lambda: scorer)
     common.Codec(spec, cfg)  # what it refuses is refused before anything is trained
     with common.load_errors(spec, "a sequence classifier"), torch.device("meta"):
         config = AutoConfig.from_pretrained(spec, trust_remote_code=False)
         check_classifier(spec, AutoModelForSequenceClassification.from_config(config))
     content = common.content_hash(spec, common.MODEL_FILES)
-    settings, record = {"reward_model": content}, common.read_record(own / "run.json")
-    if Path(spec).resolve() == own.resolve() and record.get("content") == content:
-        settings = record["settings"]  # the run's own
-    return Stage(spec, settings, load=functools.partial(load_scorer, cfg, spec))
+    return Stage(spec, {"reward_model": content}, load=functools.partial(load_scorer, cfg, spec))
 
 
 def for_run(cfg: common.Config, base: Stage, data: Data) -> Optional[Stage]:
-    """The reward model: --reward_model, or the run's own, trained on its preferences.
-
-    None where --samples bring the rewards and there are no preferences.  Scripts other than this
-    one use a reward model that exists, or is half trained, whatever its training flags.
-    """
+    """The reward model: --reward_model, or the run's own, trained on its preferences; None without
+    both.  Other scripts use one that exists, or is half trained, whatever its training flags."""
     if cfg.reward_model:
         return given(cfg, cfg.reward_model)
     if not data.preferences:
         print0("no reward model: --samples bring the rewards, and evaluation shows none")
         return None
     folder = Path(cfg.out, "rm")
-    if not isinstance(cfg, Config):
-        own = {"lr", "epochs", "steps", "batch_size"}
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in own}
-        finished, begun = (common.read_record(Path(cfg.out, name, "run.json"))
-                           for name in ("rm", ".rm"))
-        before = (finished or begun).get("settings", {})
-        kept = {name: before[name] for name in own & before.keys()}
-        cfg = Config(**(TOY if cfg.toy else {}) | shared | kept)
+    if not isinstance(cfg, Config):  # another script's learning rate and steps are its policy's
+        shared = {f.name: getattr(cfg, f.name) for f in fields(Config)}
+        defaults = Config().training_flags() | (TOY if cfg.toy else {})
+        record = common.read_record(folder / "run.json")
+        record = record or common.read_record(folder.with_name(".rm") / "run.json")  # half trained
+        settings = record.get("settings", {})
+        recorded = {name: settings[name] for name in defaults if name in settings}
+        cfg = Config(**shared | defaults | recorded)
     flags = cfg.training_flags()
     print0("reward model: " + ", ".join(f"{name} {value}" for name, value in flags.items()))
     return Stage(str(folder), {**common.data_settings(cfg), **flags, "base": base.fingerprint},
