@@ -4,8 +4,8 @@ Terms: *policy*, the language model that is trained; *base policy*, the model it
 reference of every KL; *sample*, a (prompt, response, reward); *z*, a reward in standard deviations
 from the mean of the labelled samples; *response mask*, the tokens that the loss is taken over;
 *prompt*, text, or chat messages for the tokenizer's chat template.  Shapes: T tokens of packed
-sequences, N rows (positions that predict a response token), D hidden width, V vocabulary, R lanes
-of the sampler's cache.
+sequences, N rows (positions that predict a response token), D hidden width, V vocabulary, R slots
+of the sampler, L lanes of its cache (R, or 2 R with guidance).
 """
 from __future__ import annotations
 
@@ -117,11 +117,11 @@ def progress(items: Optional[Iterable], what: str, **options: Any) -> tqdm:
                 mininterval=0.3 if sys.stderr.isatty() else 15, **options)
 
 
-def launch(main: Callable, kind: type, args: Optional[list[str]] = None) -> None:
-    """Runs main(cfg) in a process group, cfg of this kind from the command line.  Bad input and
+def launch(main: Callable, config_class: type, args: Optional[list[str]] = None) -> None:
+    """Runs main(cfg) in a process group, cfg from the command line.  Bad input and
     errors of the operating system end in one sentence and status 2, Ctrl-C in 130."""
     try:
-        cfg = parse(kind, args)
+        cfg = parse(config_class, args)
         quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length
         if world_size() > 1:
@@ -171,8 +171,10 @@ TOY = {"out": "runs/toy", "max_prompt_tokens": 64, "max_response_tokens": 64, "b
 
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that becomes a command-line flag."""
-    how = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**how, metadata={"help": help.replace("%", "%%")})
+    metadata = {"help": help.replace("%", "%%")}  # argparse formats help texts
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -201,7 +203,7 @@ class Config:
     seed: int = flag(0, "random seed")
     lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0")
     epochs: int = flag(1, "passes over the training examples")
-    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs")
+    steps: Optional[int] = flag(None, "optimiser steps; given, --epochs does not count")
     batch_size: int = flag(128, "sequences per optimiser step, all ranks together")
     micro_batch_tokens: int = flag(8192, "maximum tokens per forward pass; lower it if memory runs "
                                    "out, raise it on a large GPU")
@@ -227,14 +229,16 @@ class Config:
             require(value is None or value >= lowest, f"--{name} must be at least {lowest}")
         for f in fields(self):
             value = getattr(self, f.name)
-            for number in value if isinstance(value, list) else [value]:
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
                 require(not isinstance(number, float) or math.isfinite(number),
                         f"--{f.name} must be a finite number, not {number}")
         require(0 < self.held_out < 1, f"--held_out must lie in (0, 1), not {self.held_out}")
         require(self.lr > 0, f"--lr must be above 0, not {self.lr}")
-        require(self.toy == (not self.preferences and not self.samples),
+        has_data = bool(self.preferences or self.samples)
+        require(self.toy != has_data,
                 "--model goes with --preferences or --samples; without all three: the toy world")
-        column_names(self.columns)
+        column_names(self.columns)  # raises BadInput for a mistyped one
 
     @property
     def toy(self) -> bool:
@@ -243,13 +247,13 @@ class Config:
 
     def training_flags(self) -> dict:
         """The flags that a trained policy depends on: learning rate, steps and the script's own."""
-        other = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
-        names = [f.name for f in fields(self) if f.name not in other | {*self.evaluation_flags}]
-        return {name: getattr(self, name) for name in names}
+        shared = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
+        names = [f.name for f in fields(self) if f.name not in shared]
+        return {name: getattr(self, name) for name in names if name not in self.evaluation_flags}
 
 
-def parse(kind: type, args: Optional[list[str]] = None) -> Any:
-    """The command line, after --config's YAML file, as a config of this kind.
+def parse(config_class: type, args: Optional[list[str]] = None) -> Any:
+    """The command line, after --config's YAML file, as a config.
 
     Raises BadInput for unknown flags and values out of range.
     """
@@ -257,40 +261,38 @@ def parse(kind: type, args: Optional[list[str]] = None) -> Any:
 
     def refuse(message: str) -> None:
         raise BadInput(message)
-    script = sys.modules[kind.__module__]
+    script = sys.modules[config_class.__module__]
     about = (script.__doc__ or "").split("\n\n")[0]
-    parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
+    parser = HfArgumentParser(config_class, allow_abbrev=False, description=about)
     parser.add_argument("--config", help="YAML file of flags; the command line wins")
     parser.error = refuse
     args = sys.argv[1:] if args is None else args
-    exclusive, given = {"--epochs", "--steps"}, {arg.split("=")[0] for arg in args}
+    typed = {arg.split("=")[0].removeprefix("--") for arg in args}
     file = parser.parse_known_args(args)[0].config
-    if file:
-        replaced = exclusive if given & exclusive else set()
-        args = yaml_flags(file, replaced) + args
-        given = {arg.split("=")[0] for arg in args}
-    require(not exclusive <= given, "--epochs and --steps: give one of them")
-    toy = {} if "--model" in given else TOY | script.TOY
-    if "--epochs" in given:
+    in_file = yaml_flags(file) if file else {}
+    if "epochs" in typed:  # --steps would win over it
+        in_file.pop("steps", None)
+    given = typed | in_file.keys()
+    toy = {} if "model" in given else TOY | script.TOY
+    if "epochs" in given:
         toy.pop("steps", None)
     parser.set_defaults(**toy)
-    cfg, _, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    file_args = [arg for name, values in in_file.items() for arg in (f"--{name}", *values)]
+    cfg, _, unknown = parser.parse_args_into_dataclasses(file_args + args,
+                                                         return_remaining_strings=True)
     require(not unknown, f"unknown flag or value {' '.join(unknown)}; --help lists all flags")
     return cfg
 
 
-def yaml_flags(path: str, replaced: set[str]) -> list[str]:
-    """The flags in a YAML file, as a command line, without those that the real one replaces."""
+def yaml_flags(path: str) -> dict[str, list[str]]:
+    """The values of each flag in a YAML file."""
     import yaml
-    args = []
     try:
-        for name, value in yaml.safe_load(Path(path).read_text(encoding="utf-8")).items():
-            if value is not None and f"--{name}" not in replaced:
-                args += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    except (OSError, AttributeError, yaml.YAMLError) as problem:
-        raise BadInput(f"--config {path}: must hold lines of `flag: value` ({problem})"
-                       ) from problem
-    return args
+        flags = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError, yaml.YAMLError) as problem:
+        raise BadInput(f"--config {path}: must hold lines of `flag: value`") from problem
+    return {name: [str(v) for v in (value if isinstance(value, list) else [value])]
+            for name, value in flags.items() if value is not None}
 
 
 def compute_dtype(cfg: Config) -> torch.dtype:
@@ -353,12 +355,14 @@ class Stage:
     @property
     def cost(self) -> Cost:
         """What it took to make; nothing for what the user gave."""
-        return Cost(**read_record(record_of(self.path)).get("cost", {})) if self.make else Cost()
+        if self.make is None:
+            return Cost()
+        return Cost(**read_record(record_of(self.path)).get("cost", {}))
 
 
 def record_of(place: Any) -> Path:
     """The record of a stage's path or work, which has a cost once the stage is complete: run.json
-    in a folder, .samples.json beside the file."""
+    in a folder; .samples.json for samples.jsonl and for the unfinished .samples.jsonl alike."""
     place = Path(place)
     return place.with_name(".samples.json") if place.suffix == ".jsonl" else place / "run.json"
 
@@ -379,28 +383,30 @@ def is_finished(stage: Stage) -> bool:
     Raises BadInput if work that may not be replaced is in the way.
     """
     path, work = Path(stage.path), stage.work
+    begun = read_record(record_of(work)) if work.exists() else {}
+    work_differs = differences(begun.get("settings", {}), stage.settings)
+    if "cost" in begun and not work_differs:
+        return False  # made before a kill: build_stage() has only to move it
     if path.exists():
         record = read_record(record_of(path))
         require("cost" in record,
                 f"{path}: exists, and has no record of a run; move it, or give another --out")
         changes = differences(record["settings"], stage.settings)
         if not changes:
-            content = content_hash(str(path), MODEL_FILES) if stage.shared else None
-            require(content in (None, record.get("content")), f"{path}: was changed since a run "
-                    "made it; give it by its own flag and another --out, or delete it to make it "
-                    "anew")
-            shutil.rmtree(path / "replaced", ignore_errors=True)  # where a kill came between
+            if stage.shared:
+                content = content_hash(str(path), MODEL_FILES)
+                require(content == record.get("content"), f"{path}: was changed since a run made "
+                        "it; give it by its own flag and another --out, or delete it to make it "
+                        "anew")
             print0(f"{path.stem}: {path}, from before")
             return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
                 "--out, or delete it to make it anew")
         print0(f"{path.stem}: trained anew, because {changes}")
-    begun = read_record(record_of(work))
-    changes = differences(begun.get("settings", {}), stage.settings)
-    complete = work.exists() and "cost" in begun
-    valuable = complete or work.is_file() or checkpoints_in(work)
-    require(not (changes and valuable), f"{work}: holds unfinished work of other settings: "
-            f"{changes}; give its settings to finish it, another --out, or delete it")
+    is_valuable = "cost" in begun or work.is_file() or checkpoints_in(work)
+    require(not (work_differs and is_valuable), f"{work}: holds unfinished work of other "
+            f"settings: {work_differs}; give its settings to finish it, another --out, or delete "
+            "it")
     return False
 
 
@@ -426,7 +432,7 @@ def build_stage(cfg: Config, stage: Stage) -> None:
         cost, start = Cost(), time.perf_counter()
         extra = stage.make(work, cost) or {}
         cost.seconds += time.perf_counter() - start
-        cost.flops, = sum_over_ranks(cost.flops)
+        [cost.flops] = sum_over_ranks(cost.flops)
         gc.collect()  # sharded models are cycles, and the next stage needs the memory
         content = content_hash(str(work), MODEL_FILES)
         record = {**record, "content": content, "cost": asdict(cost), **extra}
@@ -435,9 +441,8 @@ def build_stage(cfg: Config, stage: Stage) -> None:
         for scratch in ("checkpoints", "tokens"):
             shutil.rmtree(work / scratch, ignore_errors=True)
         if path.exists():  # the script's policy of other settings
-            path.rename(work / "replaced")
+            shutil.rmtree(path)
         work.rename(path)
-        shutil.rmtree(path / "replaced", ignore_errors=True)
     barrier()
 
 
@@ -472,15 +477,18 @@ def content_hash(source: Optional[str], patterns: tuple[str, ...] = DATA_FILES) 
     them, about a gigabyte a second.  A Hub id is returned as it is."""
     if not source or not Path(source).exists():
         return source
-    root, digest = Path(source), hashlib.sha256()
-    files = [root] if root.is_file() else sorted(
-        path for pattern in patterns for path in root.glob(pattern)
-        if path.is_file() and not path.name.startswith("."))
-    for path in files if rank() == 0 else ():
-        digest.update(str(path.relative_to(root)).encode())
-        with open(path, "rb") as file:
-            for part in iter(lambda: file.read(2**24), b""):
-                digest.update(part)
+    root = Path(source)
+    files = [root]
+    if not root.is_file():
+        paths = itertools.chain(*(root.glob(pattern) for pattern in patterns))
+        files = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+    digest = hashlib.sha256()
+    if rank() == 0:
+        for path in files:
+            digest.update(str(path.relative_to(root)).encode())
+            with open(path, "rb") as file:
+                for part in iter(lambda: file.read(2**24), b""):
+                    digest.update(part)
     return gather(digest.hexdigest()[:12])[0]
 
 
@@ -518,7 +526,7 @@ MARK = "\ue000"  # stands for a reply, to see what a template writes around it
 
 
 class LeftOut(Exception):
-    """Why a row is left out and counted."""
+    """Why a row is left out: what stands after "left out: 12" in the report."""
 
 
 @contextlib.contextmanager
@@ -542,19 +550,21 @@ class Codec:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
         with load_errors(folder, "a tokenizer"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.folder, self.cfg, self.encode = folder, cfg, text_encoder(self.tokenizer)
+        self.folder, self.cfg = folder, cfg
+        self.encode = text_encoder(self.tokenizer)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        # what it puts before a text, not an EOS that it puts after; some have one token for both
         self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
         # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
         newline, word, both = map(self.encode, ("\n", "a", "\na"))
-        self.before = "" if both == newline + word else "\n"
+        self.text_before = "" if both == newline + word else "\n"
         configs, ends = [], [eos]
-        for kind in (GenerationConfig, AutoConfig):
-            with contextlib.suppress(OSError, ValueError):
-                configs.append(kind.from_pretrained(folder, trust_remote_code=False))
+        for config_class in (GenerationConfig, AutoConfig):
+            with contextlib.suppress(OSError, ValueError):  # a folder may lack one
+                configs.append(config_class.from_pretrained(folder, trust_remote_code=False))
         for config in configs:
-            eos = getattr(config, "eos_token_id", None)
-            ends += eos if isinstance(eos, list) else [eos]
+            ids = getattr(config, "eos_token_id", None)
+            ends += ids if isinstance(ids, list) else [ids]
         self.shapes = [c.get_text_config() for c in configs if hasattr(c, "get_text_config")]
         self.turn_end, self.turn_tail = self._find_turn_end(ends)
         ends += self.encode(self.turn_end)[-1:]
@@ -563,37 +573,41 @@ class Codec:
                 "token, so no response could end")
         self.check_fits()
 
-    def _find_turn_end(self, stop_ids: list) -> tuple[str, str]:
+    def _find_turn_end(self, end_ids: list) -> tuple[str, str]:
         """What the template writes after a reply: up to its first special token, and the rest."""
         chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
         try:
             _, mark, after = self._render(chat, False).rpartition(MARK)
         except (BadInput, LeftOut):
             return "", ""  # without a template, or one that no conversation will get through
+        if not mark:
+            return "", ""  # it drops the reply
         special = [t.content for i, t in self.tokenizer.added_tokens_decoder.items()
-                   if t.special or i in stop_ids]
-        ends = [after.index(token) + len(token) for token in special if mark and token in after]
-        end = min(ends, default=0)
+                   if t.special or i in end_ids]
+        offsets = [after.index(token) + len(token) for token in special if token in after]
+        end = min(offsets, default=0)
         return after[:end], after[end:]
 
     def check_fits(self, tag: str = "") -> None:
         """Raises BadInput if the model has too few embeddings for the tokenizer, or positions for
         prompt, BOS, reward tag and response."""
-        size, extra = len(self.tokenizer), len(self.bos + self.encode(tag + self.turn_tail))
-        need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + extra
+        size = len(self.tokenizer)
+        extra = self.bos + self.encode(tag + self.turn_tail)
+        need = self.cfg.max_prompt_tokens + self.cfg.max_response_tokens + len(extra)
         for shape in self.shapes:
             embeddings = getattr(shape, "vocab_size", None) or math.inf
             require(size <= embeddings, f"{self.folder}: the tokenizer has {size:,} tokens and the "
                     f"model {embeddings:,} embeddings; resize_token_embeddings first")
-            most = getattr(shape, "max_position_embeddings", None) or math.inf
+            positions = getattr(shape, "max_position_embeddings", None) or math.inf
             rope = getattr(shape, "rope_parameters", None) or {}
-            for kind in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
+            for part in (rope, *rope.values()):  # one for all layers, or one for each part of layer
                 # a sequence beyond the original limit would change all others of its batch
-                if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
-                    most = min(most, kind.get("original_max_position_embeddings") or most)
-            require(need <= most, f"{self.folder} reads at most {most} tokens, and prompt, "
-                    f"response, BOS and reward tag may take {need}: lower --max_prompt_tokens or "
-                    "--max_response_tokens")
+                if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
+                    original = part.get("original_max_position_embeddings")
+                    positions = min(positions, original or positions)
+            require(need <= positions, f"{self.folder} reads at most {positions} tokens, and "
+                    f"prompt, response, BOS and reward tag may take {need}: lower "
+                    "--max_prompt_tokens or --max_response_tokens")
 
     def _render(self, messages: list[dict], generation_prompt: bool) -> str:
         require(self.tokenizer.chat_template, f"{self.folder}: has no chat template, which "
@@ -633,7 +647,7 @@ class Codec:
 
     def continuation(self, text: str, before: Optional[str] = None) -> list[int]:
         """Ids of a text that continues a prompt, or this text before it."""
-        before = self.before if before is None else before
+        before = self.text_before if before is None else before
         start, ids = self.encode(before), self.encode(before + text)
         return ids[len(start):] if ids[:len(start)] == start else self.encode(text)
 
@@ -653,8 +667,11 @@ class Codec:
         A `generated` reply continues the generation prompt as it stands; any other is rendered by
         the template.  Raises what prompt() and render_turn() do.
         """
-        before, is_text = self.prompt(prompt), isinstance(prompt, str)
-        end = self.stop_ids[:1] if is_text else self.encode(self.turn_end)[-1:] or self.stop_ids[:1]
+        is_text = isinstance(prompt, str)
+        before = self.prompt(prompt)
+        end = self.stop_ids[:1]
+        if not is_text:
+            end = self.encode(self.turn_end)[-1:] or end
         if is_text or generated:
             reply = self.continuation(response)
         else:
@@ -669,11 +686,12 @@ class Codec:
                 reply = self.continuation(whole.removeprefix(asked))
         if not truncated and (not reply or reply[-1] not in self.stop_ids):
             reply = reply + end
-        most = self.cfg.max_response_tokens
-        has_tail = not (is_text or truncated or len(reply) > most)
+        limit = self.cfg.max_response_tokens
+        if is_text or truncated or len(reply) > limit:
+            return before, reply[:limit], []
         ended = self.encode(self.turn_end + self.turn_tail)
         tail = ended[len(self.encode(self.turn_end)):]  # as its tokens are after the end's
-        return before, reply[:most], tail if has_tail else []
+        return before, reply, tail
 
     def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(ids (T,), response mask (T,)) for a policy."""
@@ -691,7 +709,7 @@ class Codec:
         """A sampled response's text, without the token that ends it.  Where the token limit cut a
         character in two, the text ends before it."""
         text_of = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        ids, before = response.ids, self.encode(self.before)
+        ids, before = response.ids, self.encode(self.text_before)
         text = text_of(before + (ids if response.truncated else ids[:-1]))
         text = text.removeprefix(text_of(before))
         return text.rstrip("\ufffd") if response.truncated else text
@@ -702,20 +720,22 @@ def text_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
     By tiktoken, if that proves equal to the tokenizer itself on its vocabulary and on hard text.
     """
-    def own(text: Any) -> list:
+    def slow(text: Any) -> list:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     try:
-        fast = tiktoken_encoder(tokenizer, own)
+        fast = tiktoken_encoder(tokenizer, slow)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return own
-    words = map(tokenizer.convert_tokens_to_string, zip(tokenizer.get_vocab()))
+        return slow
+    words = [tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab()]
     texts = [HARD_TEXT, *words]
-    return fast if list(map(fast, texts)) == own(texts) else own
+    same = [fast(text) for text in texts] == slow(texts)
+    return fast if same else slow
 
 
-def tiktoken_encoder(tokenizer: Any, own: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
+def tiktoken_encoder(tokenizer: Any,
+                     slow: Callable[[str], list[int]]) -> Callable[[str], list[int]]:
     """tiktoken's encoder from a byte-level BPE's merges; texts with a special token, a word that no
-    merge makes or a byte that the vocabulary lacks are left to own().
+    merge makes or a byte that the vocabulary lacks are left to slow().
 
     Raises KeyError, TypeError or ValueError for other tokenizers.
     """
@@ -744,7 +764,7 @@ def tiktoken_encoder(tokenizer: Any, own: Callable[[str], list[int]]) -> Callabl
 
     def encode(text: str) -> list[int]:
         ids = [] if has_added_token(text) else fast.encode_ordinary(text)
-        return ids if ids and known.issuperset(ids) else own(text)
+        return ids if ids and known.issuperset(ids) else slow(text)
     return encode
 
 
@@ -776,27 +796,28 @@ class Sample(NamedTuple):
 TEXT, NUMBER, FLAG = "text", "a finite number", "true or false"
 CHAT = 'a list of {"role", "content"} messages'
 EITHER = f"{TEXT} or {CHAT}"
-PREFERENCE_FIELDS = {"prompt": EITHER, "chosen": EITHER, "rejected": EITHER}
-SAMPLE_FIELDS = {"prompt": EITHER, "response": TEXT, "messages": CHAT, "reward": NUMBER,
-                 "weight": NUMBER, "source": TEXT, "truncated": FLAG}
+FIELDS = {"prompt": EITHER, "chosen": EITHER, "rejected": EITHER, "response": TEXT,
+          "messages": CHAT, "reward": NUMBER, "weight": NUMBER, "source": TEXT, "truncated": FLAG}
+PREFERENCE_FIELDS = ("prompt", "chosen", "rejected")
+SAMPLE_FIELDS = ("prompt", "response", "messages", "reward", "weight", "source", "truncated")
 
 
 def column_names(columns: list[str]) -> dict[str, list[str]]:
     """--columns as {our field: the data's columns}.  Raises BadInput for a mistyped one."""
-    names, ours = {}, PREFERENCE_FIELDS | SAMPLE_FIELDS
+    names = {}
     for entry in columns:
         name, _, theirs = entry.partition("=")
-        require(theirs and name in ours,
-                f"--columns takes ours=theirs, ours one of {', '.join(ours)}; not {entry!r}")
+        require(theirs and name in FIELDS,
+                f"--columns takes ours=theirs, ours one of {', '.join(FIELDS)}; not {entry!r}")
         names[name] = theirs.split("+")
     return names
 
 
-def read_rows(source: str, expected: dict[str, str], columns: list[str],
-              parse: Callable[[dict], Any], quiet: bool = False) -> Iterator[tuple[str, Any]]:
-    """(file or split, parse(row)) of each row, a row {our field: value} without nulls.
+def read_rows(source: str, expected: tuple[str, ...], columns: list[str],
+              read: Callable[[dict], Any], quiet: bool = False) -> Iterator[tuple[str, Any]]:
+    """(file or split, read(row)) of each row, a row {our field: value} without nulls.
 
-    Says at the end how many rows were used, and why parse() raised LeftOut for others.  Raises
+    Says at the end how many rows were used, and why read() raised LeftOut for others.  Raises
     BadInput with the place of a row that is wrong, or if no row is used.
     """
     renamed = column_names(columns)
@@ -805,7 +826,9 @@ def read_rows(source: str, expected: dict[str, str], columns: list[str],
     for part, where, row in read_source(source):
         seen |= row.keys()
         try:
-            entry = parse(read_fields(row, expected, names))
+            values = {name: read_field(name, [row.get(theirs) for theirs in names[name]])
+                      for name in expected}
+            entry = read({name: value for name, value in values.items() if value is not None})
         except LeftOut as reason:
             left_out[str(reason)] += 1
             continue
@@ -826,24 +849,23 @@ def read_rows(source: str, expected: dict[str, str], columns: list[str],
         print0("  " + "; ".join(report))
 
 
-def read_fields(row: dict, expected: dict[str, str], names: dict[str, list[str]]) -> dict:
-    """The row's fields under our names, without nulls.  Raises BadInput for an unfit value."""
-    fields = {}
-    for name, kind in expected.items():
-        values = [row[theirs] for theirs in names[name] if row.get(theirs) is not None]
-        if len(values) > 1 and all(isinstance(value, str) for value in values):
-            values = ["\n\n".join(filter(None, values))]
-        if values:
-            value = values[0]
-            if kind in (NUMBER, FLAG) and isinstance(value, str):  # of a CSV file
-                with contextlib.suppress(ValueError):
-                    value = json.loads(value.lower())
-            require(len(values) == 1 and is_kind(value, kind),
-                    f"the field {name!r} must be {kind}, not {value!r:.50}")
-            if isinstance(value, list):  # Arrow fills the keys that only other messages have
-                value = [{k: v for k, v in m.items() if v is not None} for m in value]
-            fields[name] = value
-    return fields
+def read_field(name: str, values: list) -> Any:
+    """A field's value from those of the data's columns, texts joined by a blank line; None for no
+    value.  Raises BadInput for an unfit one."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    if len(values) > 1 and all(isinstance(text, str) for text in values):
+        values = ["\n\n".join(filter(None, values))]
+    value, kind = values[0], FIELDS[name]
+    if kind in (NUMBER, FLAG) and isinstance(value, str):  # of a CSV file
+        with contextlib.suppress(ValueError):
+            value = json.loads(value.lower())
+    require(len(values) == 1 and is_kind(value, kind),
+            f"the field {name!r} must be {kind}, not {value!r:.50}")
+    if isinstance(value, list):  # Arrow fills the keys that only other messages have
+        value = [{k: v for k, v in m.items() if v is not None} for m in value]
+    return value
 
 
 def is_kind(value: Any, kind: str) -> bool:
@@ -855,7 +877,7 @@ def is_kind(value: Any, kind: str) -> bool:
             isinstance(message, dict) and isinstance(message.get("role"), str)
             and isinstance(message.get("content"), str) for message in value)
     if kind == NUMBER:
-        return isinstance(value, (int, float)) and abs(value) < 1e300
+        return isinstance(value, (int, float)) and abs(value) < 1e300  # neither NaN nor infinite
     return kind == FLAG and value in (True, False)
 
 
@@ -877,41 +899,40 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
     require(files, f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
     for file in files:
         part = str(file.relative_to(path)) if path.is_dir() else file.name
-        kind = DATA_FILE.fullmatch(file.name)[1]
-        if kind.startswith("jsonl"):
+        extension = DATA_FILE.fullmatch(file.name)[1]
+        if extension.startswith("jsonl"):
             for where, row in read_jsonl(file):
                 yield part, where, row
-        elif kind == "csv":  # not by datasets, to which "None" and "N/A" are no text
+        elif extension == "csv":  # not by datasets, to which "None" and "N/A" are no text
             with open(file, encoding="utf-8-sig", newline="") as rows:
                 for number, row in enumerate(csv.DictReader(rows), 1):
                     cells = {name: cell or None for name, cell in row.items() if name}
                     yield part, f"{file}, row {number}", cells
         else:
-            yield from read_with_datasets(str(file), part, kind, data_files=str(file))
+            yield from read_with_datasets(str(file), part, extension, data_files=str(file))
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """Rows of a .jsonl(.gz), each with its place.  Raises BadInput at a bad one."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line) if line.strip() else None
-                if b"\\u" in line:
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate is no text
+                row = json.loads(line)
             except ValueError as problem:
                 raise BadInput(f"{where}: not JSON in UTF-8 ({problem})") from problem
-            if row is not None:
-                require(isinstance(row, dict), f"{where}: not a JSON object")
-                yield where, row
+            require(isinstance(row, dict), f"{where}: not a JSON object")
+            yield where, row
 
 
-def read_with_datasets(source: str, part: str, kind: str,
+def read_with_datasets(source: str, part: str, loader: str,
                        **options: Any) -> Iterator[tuple[str, str, dict]]:
     """(part, or else the split, place, row) of what the `datasets` package reads."""
     try:
         import datasets
-        splits = datasets.load_dataset(kind, **options)
+        splits = datasets.load_dataset(loader, **options)
     except Exception as problem:  # ImportError, and those of pyarrow, pandas and the Hub's client
         raise BadInput(f"{source}: the package `datasets` cannot read it: "
                        f"{problem.__cause__ or problem}") from problem
@@ -926,17 +947,21 @@ TURN = "\n\nAssistant:"  # the start of a reply in a transcript like HH's
 def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
     """(prompt, response) of a response, of messages that may repeat the prompt, or, without a
     prompt, of a transcript like HH's.  Raises LeftOut if they do not end with a reply."""
-    response, replied = answer, True
+    response = answer
+    replied = True
     if isinstance(answer, list):
         *before, last = answer
-        require(not before or before == prompt or not isinstance(prompt, list),
-                "the field 'prompt' and the conversation beside it differ")
-        prompt, response, replied = before or prompt, last["content"], last["role"] == "assistant"
+        if before and isinstance(prompt, list):
+            require(before == prompt, "the field 'prompt' and the conversation beside it differ")
+        prompt = before or prompt
+        response = last["content"]
+        replied = last["role"] == "assistant"
     elif prompt is None:
         start, turn, response = answer.rpartition(TURN)
         require(start.strip(), "without 'prompt', 'chosen' and 'rejected' must be transcripts: a "
                 f"prompt, {TURN!r}, and a response")
-        prompt, replied = start + turn, "\n\nHuman:" not in response
+        prompt = start + turn
+        replied = "\n\nHuman:" not in response
     if not replied:
         raise LeftOut("that do not end with the assistant")
     return prompt, response
@@ -945,11 +970,12 @@ def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
 def preference_of(row: dict) -> Preference:
     """A row's preference; a prompt that both sides repeat is read once."""
     require({"chosen", "rejected"} <= row.keys(), "the field 'chosen' or 'rejected' is missing")
-    given, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-    all_text = all(isinstance(text, str) for text in (given, *sides))
-    if all_text and all(side.startswith(given) for side in sides):
-        sides = [side.removeprefix(given) for side in sides]
-    (prompt, chosen), (other_prompt, rejected) = (last_turn(given, side) for side in sides)
+    given, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    all_text = all(isinstance(text, str) for text in (given, chosen, rejected))
+    if all_text and chosen.startswith(given) and rejected.startswith(given):
+        chosen, rejected = chosen.removeprefix(given), rejected.removeprefix(given)
+    prompt, chosen = last_turn(given, chosen)
+    other_prompt, rejected = last_turn(given, rejected)
     require(prompt is not None, "the field 'prompt' is missing")
     if prompt != other_prompt:
         raise LeftOut("that differ in more than the last response")
@@ -960,31 +986,32 @@ def preference_of(row: dict) -> Preference:
 
 def sample_of(row: dict) -> Sample:
     """A row's sample; without a response it is a prompt to answer."""
-    fields = dict(row)
-    messages = fields.pop("messages", None)
+    values = dict(row)
+    messages = values.pop("messages", None)
     if messages:
         require("response" not in row, "the field 'messages' stands beside 'response': give one")
-        fields["prompt"] = messages
+        values["prompt"] = messages
         if messages[-1]["role"] == "assistant":
-            fields["prompt"], fields["response"] = last_turn(row.get("prompt"), messages)
-    require("prompt" in fields, "the field 'prompt' is missing")
-    require("response" in fields or "reward" not in fields,
+            values["prompt"], values["response"] = last_turn(row.get("prompt"), messages)
+    require("prompt" in values, "the field 'prompt' is missing")
+    require("response" in values or "reward" not in values,
             "the field 'reward' has no response beside it")
-    return Sample(**fields)
+    return Sample(**values)
 
 
 def checked(codec: Codec, entry: Any) -> Any:
-    """The preference or sample.  Raises LeftOut if its prompt or response cannot be used, BadInput
-    if the chat template would not write the response after the prompt."""
+    """The preference or sample.  Raises LeftOut if its prompt or response cannot be used."""
     prompt = entry.prompt
-    if not prompt or isinstance(prompt, str) and not prompt.strip():
+    is_blank = isinstance(prompt, str) and not prompt.strip()
+    if not prompt or is_blank:
         raise LeftOut("with an empty prompt")
-    codec.prompt(prompt)
+    codec.prompt(prompt)  # raises LeftOut, as render_turn() does
     texts = [entry.chosen, entry.rejected] if isinstance(entry, Preference) else [entry.response]
     is_given = getattr(entry, "source", "given") != "generated"
-    for text in texts:
-        if isinstance(prompt, list) and is_given and text is not None:
-            codec.render_turn(prompt, text)
+    if isinstance(prompt, list) and is_given:
+        for text in texts:
+            if text is not None:
+                codec.render_turn(prompt, text)
     return entry
 
 
@@ -993,50 +1020,57 @@ class Data:
     """What a run reads, split by prompt; nothing held out is trained on."""
     preferences: list[Preference]           # to train the reward model on
     held_out_preferences: list[Preference]
+    samples: list[Sample]                   # of --samples, in their order
     prompts: list                           # distinct, of the samples, or else of the preferences
     held_out_prompts: list                  # distinct, of both
-    hidden: set[int]                        # hashes of the held-out prompts
 
 
 def read_data(cfg: Config, base: Stage) -> Data:
-    """Reads, checks and splits --preferences and the prompts of --samples, or the toy world's."""
+    """Reads, checks and splits --preferences and --samples, or the toy world's preferences."""
     codec = Codec(base.path, cfg)
+    can_score = cfg.reward_model or cfg.preferences
     pairs, samples = [], []  # (file or split, entry) each
+
+    def usable_sample(row: dict) -> Sample:
+        sample = checked(codec, sample_of(row))
+        is_labelled = sample.reward is not None or sample.weight is not None
+        require(can_score or is_labelled, "has no reward: give --reward_model, or --preferences "
+                "to train one")
+        require(sample.response is not None or cfg.samples_per_prompt,
+                "has no response, and --samples_per_prompt 0 generates none")
+        return sample
     if cfg.toy or cfg.preferences:
         source = cfg.preferences or toy_data(cfg.out, cfg.seed)
         pairs = list(read_rows(source, PREFERENCE_FIELDS, cfg.columns,
                                lambda row: checked(codec, preference_of(row))))
-    can_score = cfg.reward_model or cfg.preferences
-
-    def usable_sample(row: dict) -> Sample:
-        sample = checked(codec, sample_of(row))
-        require(can_score or (sample.reward, sample.weight) != (None, None), "has no reward: give "
-                "--reward_model, or --preferences to train one")
-        require(sample.response is not None or cfg.samples_per_prompt,
-                "has no response, and --samples_per_prompt 0 generates none")
-        return sample
     if cfg.samples:
-        rows = read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable_sample, quiet=True)
-        samples = [(part, Sample(sample.prompt)) for part, sample in rows]
-    hidden = held_out_hashes(pairs, cfg) | held_out_hashes(samples, cfg)
-    train = [pair for _, pair in pairs if prompt_hash(pair.prompt) not in hidden]
-    test = [pair for _, pair in pairs if prompt_hash(pair.prompt) in hidden]
+        samples = list(read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable_sample))
+    test_hashes = held_out_hashes(pairs, cfg) | held_out_hashes(samples, cfg)
+
+    def split(entries: list) -> tuple[list, list]:
+        train, test = [], []
+        for _, entry in entries:
+            part = test if prompt_hash(entry.prompt) in test_hashes else train
+            part.append(entry)
+        return train, test
+
+    def distinct_prompts(entries: list) -> list:
+        return list({prompt_hash(entry.prompt): entry.prompt for entry in entries}.values())
+    train, test = split(pairs)
+    train_samples, test_samples = split(samples)
     order = random.Random(cfg.seed)
     order.shuffle(train)
     order.shuffle(test)
-
-    def distinct_prompts(entries: list, held_out: bool) -> list:
-        by_hash = {prompt_hash(entry.prompt): entry.prompt for entry in entries}
-        return [prompt for key, prompt in by_hash.items() if (key in hidden) == held_out]
-    asked = [sample for _, sample in samples]
-    prompts = distinct_prompts(asked if samples else train, held_out=False)
-    held_out = distinct_prompts(test + asked, held_out=True)
+    prompts = distinct_prompts(train_samples or train)
+    held_out = distinct_prompts(test + test_samples)
     require(prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
     require(held_out or not cfg.eval_prompts, "too few prompts to hold any out: give more data, a "
             "larger --held_out, or --eval_prompts 0")
-    print0(f"  prompts: {len(prompts):,} to train on, {len(held_out):,} held out"
-           + (f"; preferences: {len(train):,} and {len(test):,}" if pairs else ""))
-    return Data(train, test, prompts, held_out, hidden)
+    counts = {"prompts": (prompts, held_out), "preferences": (train, test),
+              "samples": (train_samples, test_samples)}
+    print0("  to train on and held out: " + ", ".join(
+        f"{len(own):,} and {len(other):,} {name}" for name, (own, other) in counts.items() if own))
+    return Data(train, test, train_samples, prompts, held_out)
 
 
 TEST_PART = re.compile(r"(^|[/_.-])(test|valid|validation|val|eval|evaluation)([/_.-]|\d|$)")
@@ -1169,9 +1203,10 @@ def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
     lengths = [len(e.ids) for e in examples]
     ids = np.concatenate([e.ids for e in examples])
     predicts = np.concatenate([np.append(e.mask[1:], False) for e in examples])  # t predicts t + 1
-    rows = np.flatnonzero(predicts & learnt)
+    rows = np.flatnonzero(predicts & learnt)  # none, if nothing is learnt
     weight = np.repeat([e.weight for e in examples], lengths)[rows]
-    columns = [np.concatenate(column)[:len(rows)] for column in zip(*(e.columns for e in examples))]
+    by_column = zip(*(e.columns for e in examples))
+    columns = [np.concatenate(column)[:len(rows)] for column in by_column]
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(array).to(device(), dtype, non_blocking=True)
@@ -1184,9 +1219,10 @@ def group_by_token_budget(lengths: list[int], budget: int, padded: bool) -> list
     """Indices into lengths, longest first, in groups of at most `budget` tokens (or of one
     sequence): count x longest where they are padded, their sum where they are packed."""
     groups: list[list[int]] = []
-    longest = total = 0
+    longest = total = 0  # of the last group
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        held = longest * (len(groups[-1]) + 1) if groups and padded else total + lengths[i]
+        count = len(groups[-1]) + 1 if groups else 1
+        held = longest * count if padded else total + lengths[i]
         if not groups or held > budget:
             groups.append([])
             longest, total = lengths[i], 0
@@ -1200,11 +1236,12 @@ def shard_micro_batches(lengths: list[int], budget: int, padded: bool) -> list[l
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     by_rank = []
     for r in range(world_size()):
-        own = order[r::world_size()]
-        groups = group_by_token_budget([lengths[i] for i in own], budget, padded)
-        by_rank.append([[own[j] for j in group] for group in groups])
-    most, own = max(map(len, by_rank)), by_rank[rank()]
-    return own + [[]] * (most - len(own))
+        share = order[r::world_size()]  # lengths alike on all ranks
+        groups = group_by_token_budget([lengths[i] for i in share], budget, padded)
+        by_rank.append([[share[j] for j in group] for group in groups])
+    count = max(len(groups) for groups in by_rank)
+    own = by_rank[rank()]
+    return own + [[]] * (count - len(own))
 
 
 def count_steps(examples: int, cfg: Config) -> int:
@@ -1217,9 +1254,10 @@ def step_indices(examples: int, batch_size: int, seed: int, steps: int,
     """(step, epoch, its examples) from the `first` step on; each epoch has an order of its own."""
     per_epoch = math.ceil(examples / batch_size)
     for step in range(first, steps):
-        epoch, start = step // per_epoch, step % per_epoch * batch_size
-        if step == first or start == 0:
+        epoch, step_of_epoch = divmod(step, per_epoch)
+        if step == first or step_of_epoch == 0:
             order = np.random.default_rng((seed, epoch)).permutation(examples)
+        start = step_of_epoch * batch_size
         yield step, epoch, order[start:start + batch_size]
 
 
@@ -1280,14 +1318,16 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
     if kv_step is not None:
         return kv_step.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
                               max_length_q), None
-    group, window = query.shape[1] // key.shape[1], sliding_window or 2**31
-    if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:
+    window = sliding_window or 2**31  # none: longer than any sequence
+    if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:  # flash's types
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
-        return varlen_attn(
+        group = query.shape[1] // key.shape[1]  # heads that share a key
+        left = window - 1 if window < max_length_q else -1  # tokens seen before its own; -1: all
+        out = varlen_attn(
             q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), cu_seq_lens_q,
-            cu_seq_lens_q, max_length_q, max_length_q, scale=scaling,
-            window_size=(window - 1 if window < max_length_q else -1, 0))[None], None
+            cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(left, 0))
+        return out[None], None
     if cu_seq_lens_q is None:
         return causal_attention(query, key, value, scaling, window).contiguous(), None
     lengths = cu_seq_lens_q.diff().tolist()
@@ -1332,9 +1372,9 @@ def hidden_states(model: Any, ids: torch.Tensor, lengths: list[int],
     if kv_step is None and is_padded(model):
         # padding comes after a sequence, where causal attention does not look: no mask is needed
         padded = torch.nn.utils.rnn.pad_sequence(ids.split(lengths), batch_first=True)
-        hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (S, longest, D)
+        hidden = body(input_ids=padded, use_cache=False).last_hidden_state  # (B, longest, D)
         return torch.cat([states[:n] for states, n in zip(hidden, lengths)])
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (S + 1,)
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)                 # (B + 1,)
     position = torch.cat([torch.arange(n) for n in lengths])                        # (T,)
     ends, position = (x.to(ids.device, non_blocking=True) for x in (ends, position))
     return body(input_ids=ids[None], position_ids=position[None], cu_seq_lens_q=ends,
@@ -1366,7 +1406,8 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
     """Why this pair of sequences, with hidden states `alone` each, would not be read so when
     packed.  None if it is, and if attention(), which keeps sequences apart, is all that mixes
     tokens: that then holds for any lengths, windows and weights."""
-    windows, probe = layer_windows(model.config.get_text_config()), OwnTokenStep()
+    windows = layer_windows(model.config.get_text_config())
+    probe = OwnTokenStep()
     influence = token_influence(model, probe)                                           # (T, T)
     if (influence - influence.diag().diag()).any():
         return "it mixes tokens where nothing tells it which sequence each belongs to"
@@ -1374,14 +1415,17 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
         return "it calls an attention layer several times in a forward"
     if probe.windows != windows:
         return "its layers and its config disagree about sliding windows"
-    a, b = pair
-    cache, prompts = KVCache(2, len(b)), {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]}
+    a, b = pair  # b is the longer
+    cache = KVCache(2, len(b))
+    prompts = {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]}
+    ends = [len(a) - 1, len(b) - 1]
     with torch.no_grad():  # all but their last tokens packed, then a decode step for these
         packed = cache.read_prompts(model, prompts)                                     # (T - 2, D)
         last = cache.decode(model, torch.stack([a[-1], b[-1]]),
-                            torch.tensor([len(a) - 1, len(b) - 1], device=a.device))    # (2, D)
-    first, second = packed.split([len(a) - 1, len(b) - 1])
-    ours, theirs = torch.cat([first, last[:1], second, last[1:]]), torch.cat(alone)
+                            torch.tensor(ends, device=a.device))                        # (2, D)
+    first, second = packed.split(ends)
+    ours = torch.cat([first, last[:1], second, last[1:]])
+    theirs = torch.cat(alone)
     error = (ours - theirs).float().norm() / theirs.float().norm()
     exact = model.dtype == torch.float32 and model.device.type == "cpu"
     return None if error < (1e-4 if exact else 0.05) else "it reads packed sequences differently"
@@ -1417,7 +1461,8 @@ def token_influence(model: Any, kv_step: Any = None) -> torch.Tensor:
             hidden = hidden_states(model, ids, [len(ids)], kv_step).float()             # (T, D)
     finally:
         hook.remove()
-    direction = torch.linspace(1, 2, hidden.shape[1], device=hidden.device)  # no norm undoes it
+    # not their plain sum, which a norm keeps constant
+    direction = torch.linspace(1, 2, hidden.shape[1], device=hidden.device)
     gradients = [torch.autograd.grad(state @ direction, embedded[0], retain_graph=True)[0][0]
                  for state in hidden]
     return torch.stack(gradients).abs().amax(-1)
@@ -1451,28 +1496,6 @@ def probe_ids(model: Any, count: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------- models
 
 
-def check_model(name: str, reward_model: bool) -> None:
-    """Raises BadInput if the architecture of this folder or Hub id cannot be trained, or, where a
-    `reward_model` is to be trained from it, has no classifier.  Reads no weights."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig,
-        AutoModelForCausalLM)
-    with load_errors(name, "a causal language model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    kind = config.model_type
-    require(not config.is_encoder_decoder, f"{name}: {kind} is an encoder-decoder; give a "
-            "decoder-only language model")
-    require(type(config) in MODEL_FOR_CAUSAL_LM_MAPPING,
-            f"{name}: transformers has no causal language model of type {kind}")
-    with load_errors(name, "a causal language model"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    check_layers(name, model)
-    require(not reward_model or type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-            f"{name}: transformers has no sequence classifier for {kind}, so no reward model can "
-            "be trained from it; give a --reward_model of another family or FILE.py:FUNCTION, or "
-            "--samples with rewards")
-
-
 def check_layers(name: str, model: Any) -> None:
     """Raises BadInput unless the model begins in an embedding and ends in a plain linear head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -1483,17 +1506,20 @@ def check_layers(name: str, model: Any) -> None:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None,
-               kind: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
+               auto_class: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
     """A transformers model on this rank's device, always in eval mode (dropout off): with dropout,
     a gradient would depend on how a batch is cut.
 
     Raises BadInput if a weight is missing or unknown, except those whose names start with `heads`.
     """
     import transformers
-    with load_errors(name, f"weights of {kind}"):
-        model, report = getattr(transformers, kind).from_pretrained(
+    with load_errors(name, f"weights of {auto_class}"):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        require(not config.is_encoder_decoder, f"{name}: an encoder-decoder; give a decoder-only "
+                "language model")
+        model, report = getattr(transformers, auto_class).from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True, ignore_mismatched_sizes=True, **more)
+            output_loading_info=True, ignore_mismatched_sizes=True, **more)  # reported below
     wrong = []
     for how in ("missing", "unexpected", "mismatched"):
         for key in sorted(map(str, report[f"{how}_keys"])):
@@ -1504,7 +1530,7 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
     model = model.to(where or device()).eval()
     check_causal(name, model)
     enable_packing(model)
-    if "Causal" in kind:
+    if auto_class == "AutoModelForCausalLM":
         check_linear_head(name, model)
     return model
 
@@ -1524,9 +1550,10 @@ def check_linear_head(name: str, model: Any) -> None:
 def head_transform(model: Any) -> tuple[float, Optional[float]]:
     """(scale, cap) of logits = cap tanh(scale hidden @ head / cap), or without a cap."""
     config = model.config.get_text_config()
-    up, down, more = (getattr(config, name, None) or 1.0 for name in  # Cohere, Granite, Falcon-H1
-                      ("logit_scale", "logits_scaling", "lm_head_multiplier"))
-    return up * more / down, getattr(config, "final_logit_softcapping", None)  # Gemma
+    scale = getattr(config, "logit_scale", None) or 1.0           # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0   # Falcon-H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0       # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -1616,12 +1643,14 @@ def load_for_training(load: Callable, cfg: Config) -> Any:
 
     To be sharded, rank 0 alone loads, on its CPU; other ranks get an untouched shape.
     """
-    sharded, gpu = is_sharded(cfg), device().type == "cuda"
-    where = torch.device("cpu") if sharded else device()
-    model = None if sharded and rank() else load(where=where)
+    sharded = is_sharded(cfg)
+    model = None
+    if rank() == 0 or not sharded:
+        model = load(where=torch.device("cpu") if sharded else device())
     if sharded:
-        kind, config = gather((type(model), getattr(model, "config", None)))[0]
-        model = model or meta_model(kind, config).to_empty(device="cpu")
+        model_class, config = gather((type(model), getattr(model, "config", None)))[0]
+        if model is None:
+            model = meta_model(model_class, config).to_empty(device="cpu")
         model.tie_weights()
     if model.config.get_text_config() is not model.config:  # of several modes
         used = {*model.get_decoder().parameters(), *model.get_input_embeddings().parameters()}
@@ -1631,18 +1660,18 @@ def load_for_training(load: Callable, cfg: Config) -> Any:
         if cfg.gradient_checkpointing:  # transformers' own needs training mode: some would drop out
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward,
                                               use_reentrant=False)
-        elif gpu:
+        elif device().type == "cuda":
             block.compile(dynamic=True)
     return model
 
 
-def meta_model(kind: type, config: Any) -> Any:
+def meta_model(model_class: type, config: Any) -> Any:
     """A model of this class and shape, in eval mode, whose weights take no memory."""
     from transformers import AttentionInterface
     AttentionInterface.register(PACKED, attention)
     attn_implementation = config._attn_implementation
     with torch.device("meta"):
-        model = kind(config).eval()
+        model = model_class(config).eval()
     model.set_attn_implementation(attn_implementation)
     return model
 
@@ -1652,12 +1681,15 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
     weights beside forward.  FSDP2 keeps weights and reduces gradients in float32, and gathers a
     block's in the compute dtype for as long as it computes."""
     if not is_sharded(cfg):
-        return module if world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
-            module, device_ids=[device()] if device().type == "cuda" else None,
-            gradient_as_bucket_view=True)
+        if world_size() == 1:
+            return module
+        gpu = [device()] if device().type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=gpu,
+                                                         gradient_as_bucket_view=True)
     from torch.distributed import fsdp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    weights, dtype = module.state_dict() if rank() == 0 else {}, compute_dtype(cfg)
+    weights = module.state_dict() if rank() == 0 else {}
+    dtype = compute_dtype(cfg)
     mesh = dist.init_device_mesh(device().type, (world_size(),))
     for part in [*blocks_of(module), module]:
         fsdp.fully_shard(part, mesh=mesh, mp_policy=fsdp.MixedPrecisionPolicy(
@@ -1674,19 +1706,19 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
 
 @torch.no_grad()
 def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
-    """A copy in `dtype`, a sharded model's whole; all ranks call it together, those that need none
+    """A whole in `dtype`, a sharded model's whole; all ranks call it together, those that need none
     with the meta device."""
     weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).to(where, dtype)
                for name, p in model.named_parameters()}
-    copy = meta_model(type(model), model.config)
-    copy.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
-    copy.tie_weights()
-    for part, old in zip(copy.modules(), model.modules()):
+    whole = meta_model(type(model), model.config)
+    whole.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
+    whole.tie_weights()
+    for part, old in zip(whole.modules(), model.modules()):
         for name, buffer in old.named_buffers(recurse=False):
             setattr(part, name, buffer.to(where))
     if hasattr(model, "generation_config"):  # a reward model has none
-        copy.generation_config = model.generation_config
-    return copy
+        whole.generation_config = model.generation_config
+    return whole
 
 
 def sampling_copy(model: Any, cfg: Config) -> Any:
@@ -1734,27 +1766,14 @@ base_model: {base}
 tags: [offline-rlhf, {algorithm}]
 ---
 Trained from `{base}` on `{data}` by {algorithm}, after *Aligning Language Models with Offline
-Reinforcement Learning from Human Feedback* (arXiv 2308.12050). Flags: {flags}. Torch {torch},
-transformers {transformers}.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-ids = {bos}tokenizer(prompt, add_special_tokens=False).input_ids{tag}
-# chat: ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-reply = model.generate(torch.tensor([ids]), do_sample=True, max_new_tokens=256)[0, len(ids):]
-print(tokenizer.decode(reply, skip_special_tokens=True))
-```
+Reinforcement Learning from Human Feedback* (arXiv 2308.12050). Flags: {flags}.
 {end}"""
 
 
 def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config, tag: str = "",
                 card_end: str = "") -> None:
-    """Writes the policy's folder.  Its chat template and its model card's recipe end a prompt with
-    `tag`; `card_end` goes at the end of the card."""
-    import transformers
+    """Writes the policy's folder.  Its chat template ends a prompt with `tag`, its model card with
+    `card_end`."""
     if tag and codec.tokenizer.chat_template:
         # Jinja drops a template's last newline, which now is not the last any more
         template = re.sub(r"(\r\n|\r|\n)\Z", "", codec.tokenizer.get_chat_template())
@@ -1762,11 +1781,8 @@ def save_policy(folder: Path, policy: torch.nn.Module, codec: Codec, cfg: Config
         codec.tokenizer.chat_template = template + written
     flags = ", ".join(f"{name} {value}" for name, value in cfg.training_flags().items())
     card = POLICY_CARD.format(
-        base=cfg.model or "the toy world's", data=cfg.samples or cfg.preferences or "the toy world",
-        algorithm=folder.name.strip("."), flags=flags, end=card_end,
-        torch=torch.__version__, transformers=transformers.__version__,
-        bos=f"{codec.bos} + " if codec.bos else "",
-        tag=f" + {codec.reward_tag(tag)}  # {tag!r}" if tag else "")
+        base=cfg.model or "toy", data=cfg.samples or cfg.preferences or "the toy world",
+        algorithm=folder.name.strip("."), flags=flags, end=card_end)
     save_folder(folder, getattr(policy, "module", policy).model, codec, cfg, card)
 
 
@@ -1796,8 +1812,9 @@ def head_loss(kernel: Callable, hidden: torch.Tensor, weight: torch.Tensor,
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
     """The dtype of products with the weight: autocast's, or else its own."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    device_type = weight.device.type
+    is_mixed = torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if is_mixed else weight.dtype
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1806,8 +1823,10 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, kernel: Callable,
                 *columns: torch.Tensor) -> torch.Tensor:
-        acc_dtype, head = torch.promote_types(hidden.dtype, torch.float32), weight.to(hidden.dtype)
-        outer = {"out_dtype": acc_dtype} if hidden.dtype != acc_dtype and hidden.is_cuda else {}
+        acc_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        head = weight.to(hidden.dtype)
+        # a GPU's product of 16-bit matrices can be written in float32
+        options = {"out_dtype": acc_dtype} if hidden.dtype != acc_dtype and hidden.is_cuda else {}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=acc_dtype) if want_weight else None
@@ -1819,7 +1838,7 @@ class HeadLoss(torch.autograd.Function):
             if want_weight and logits.dtype == acc_dtype:
                 grad_weight.addmm_(logits.t(), hidden[part])
             elif want_weight:  # chunks are summed in float32
-                grad_weight += torch.mm(logits.t(), hidden[part], **outer)
+                grad_weight += torch.mm(logits.t(), hidden[part], **options)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype) if want_weight else None)
         return loss
 
@@ -1828,19 +1847,20 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
         # in place: a second backward is then an error, and none holds two such gradients
         grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.saved_tensors]
-        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+        others = len(ctx.needs_input_grad) - len(grads)  # kernel and columns have no gradient
+        return *grads, *([None] * others)
 
 
 def logit_chunks(hidden: torch.Tensor,
                  weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, their logits (n, V)): of hidden (N, D) as many at a time as CHUNK_BYTES hold."""
     stride = math.ceil(len(weight) / 64) * 64  # a GEMM is slower into rows that start elsewhere
-    most = max(1, CHUNK_BYTES[hidden.device.type] // (stride * hidden.element_size()))
-    chunks = max(1, math.ceil(len(hidden) / most))
-    rows = max(1, math.ceil(len(hidden) / chunks))  # chunks of about one size
-    buffer = hidden.new_empty(rows, stride)
-    for start in range(0, len(hidden), rows):
-        part = slice(start, start + rows)
+    limit = max(1, CHUNK_BYTES[hidden.device.type] // (stride * hidden.element_size()))
+    chunks = max(1, math.ceil(len(hidden) / limit))
+    size = max(1, math.ceil(len(hidden) / chunks))  # chunks of about one size
+    buffer = hidden.new_empty(size, stride)
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
         logits = buffer[:len(hidden[part]), :len(weight)]
         yield part, torch.mm(hidden[part], weight.t(), out=logits)
 
@@ -1849,7 +1869,7 @@ def compiled(kernel: Callable) -> Callable:
     """torch.compile(kernel), at its first call: the number of rows is dynamic, the vocabulary not,
     which would take a GPU twice as long.
 
-    Uncompiled for a small vocabulary on a CPU, and, with a warning, where no C++ compiler is found.
+    Uncompiled for a small vocabulary on a CPU.
     """
     once = functools.cache(lambda: torch.compile(kernel))
 
@@ -1859,14 +1879,7 @@ def compiled(kernel: Callable) -> Callable:
             return kernel(logits, *args, **more)
         for column in (logits, *args):
             torch._dynamo.maybe_mark_dynamic(column, 0)
-        try:
-            return once()(logits, *args, **more)
-        except Exception as problem:
-            if not re.search(r"C(\+\+)? compiler|InvalidCxxCompiler", repr(problem)):
-                raise
-            print0("warning: torch.compile found no C++ compiler: the loss kernels run uncompiled")
-            torch.compiler.set_stance("force_eager")
-            return kernel(logits, *args, **more)
+        return once()(logits, *args, **more)
     return call
 
 
@@ -1886,11 +1899,11 @@ class Response(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of R lanes, S positions each, for every layer."""
+    """Keys and values of L lanes, S positions each, for every layer."""
 
     def __init__(self, lanes: int, length: int):
         self.lanes, self.length = lanes, length
-        self.layers: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (R, S, heads, D)
+        self.layers: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (L, S, heads, D)
         self.flash = device().type == "cuda"             # until its kernel fails
 
     def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor, lanes: torch.Tensor,
@@ -1905,19 +1918,22 @@ class KVCache:
 
     def read_prompts(self, model: Any, prompts: dict[tuple, list[int]]) -> torch.Tensor:
         """Reads prompts, each into all the lanes named: their last hidden states (T, D), packed."""
-        lengths = [len(prompt) for prompt in prompts]
-        starts = itertools.accumulate(lengths, initial=0)
-        copies = [(lane, start, length) for start, length, lanes in
-                  zip(starts, lengths, prompts.values()) for lane in lanes]
-        lane, start, size = torch.tensor(copies).T                                  # (copies,) each
-        position = torch.cat([torch.arange(n) for n in size.tolist()])                      # (n,)
-        step = PromptStep(self, lane.repeat_interleave(size).to(device()), position.to(device()),
-                          (start.repeat_interleave(size) + position).to(device()))
+        lanes, positions, sources = [], [], []
+        start = 0  # of a prompt among the packed ones
+        for prompt, wanted_by in prompts.items():
+            span = torch.arange(len(prompt))
+            for lane in wanted_by:
+                lanes.append(torch.full_like(span, lane))
+                positions.append(span)
+                sources.append(start + span)
+            start += len(prompt)
+        step = PromptStep(self, torch.cat(lanes).to(device()), torch.cat(positions).to(device()),
+                          torch.cat(sources).to(device()))                            # (n,) each
         ids = torch.tensor(list(itertools.chain(*prompts)), device=device())                # (T,)
-        return hidden_states(model, ids, lengths, step)
+        return hidden_states(model, ids, [len(prompt) for prompt in prompts], step)
 
     def decode(self, model: Any, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (R, D) of a token (R,) for each lane, at its position (R,)."""
+        """Last hidden states (L, D) of a token (L,) for each lane, at its position (L,)."""
         return body_of(model)(input_ids=tokens[:, None], position_ids=position[:, None],
                               use_cache=False,
                               kv_step=DecodeStep(self, position)).last_hidden_state[:, -1]
@@ -1949,37 +1965,41 @@ class PromptStep:
 
 
 class DecodeStep:
-    """A forward of one new token for each lane, at its position (R,): it sees what its lane holds
+    """A forward of one new token for each lane, at its position (L,): it sees what its lane holds
     up to there.  All tensors are made within the forward, as a CUDA graph needs it."""
 
     def __init__(self, cache: KVCache, position: torch.Tensor):
         self.cache, self.position = cache, position
-        self.every_lane = torch.arange(cache.lanes, device=position.device)                 # (R,)
-        self.used = (position + 1).int()                                                    # (R,)
+        self.every_lane = torch.arange(cache.lanes, device=position.device)                 # (L,)
+        self.used = (position + 1).int()                                                    # (L,)
+        # (L + 1,) each: where a lane's one query and its keys begin and end, for flash attention
         self.ends = torch.arange(cache.lanes + 1, dtype=torch.int32, device=position.device)
         self.lane_starts = self.ends * cache.length
-        seen = cache.length if position.is_cuda else int(self.used.max())
-        self.age = position[:, None] - torch.arange(seen, device=position.device)       # (R, seen)
+        # a CPU stops at the fullest lane; a CUDA graph has one width for all steps
+        width = cache.length if position.is_cuda else int(self.used.max())
+        self.age = position[:, None] - torch.arange(width, device=position.device)     # (L, width)
 
     @torch.compiler.disable
     def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
-        """(R, heads, 1, D) -> (R, 1, heads, D): each new token to the keys of its lane."""
+        """(L, heads, 1, D) -> (L, 1, heads, D): each new token to the keys of its lane."""
         cache = self.cache
         cache.store(layer, key, value, self.every_lane, self.position)
-        keys, values = cache.layers[layer]                                      # (R, S, heads, D)
+        keys, values = cache.layers[layer]                                      # (L, S, heads, D)
         window = window if window and window < cache.length else None
-        if cache.flash and values.dtype.itemsize == 2:
+        left = None if window is None else window - 1
+        right = None if window is None else 0
+        if cache.flash and values.dtype.itemsize == 2:  # it reads 16-bit types alone
             try:  # a kernel that reads no further than a lane is filled
                 return torch.ops.aten._flash_attention_forward(
                     query[:, :, 0], keys.flatten(0, 1), values.flatten(0, 1), self.ends,
                     self.lane_starts, 1, cache.length, 0.0, False, False, scale=scale,
-                    window_size_left=window and window - 1, window_size_right=window and 0,
+                    window_size_left=left, window_size_right=right,
                     seqused_k=self.used)[0][:, None]
             except Exception as problem:
                 print0(f"  the sampler runs without flash attention ({problem})")
                 cache.flash = False
-        seen = (self.age >= 0) & (self.age < (window or cache.length))          # (R, seen)
+        seen = (self.age >= 0) & (self.age < (window or cache.length))          # (L, width)
         keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
         # query heads that share a key are so many positions of one head: no key is copied
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -2001,14 +2021,15 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
     al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle slots
     compute.
     """
-    packed, most = is_packed(model), cfg.max_response_tokens
+    packed = is_packed(model)
+    limit = cfg.max_response_tokens
     require(packed or not guidance, "guided sampling needs a model that reads packed sequences; "
             "give --guidance 0")
     share = sorted(range(rank(), len(prompts), world_size()), key=lambda i: (len(prompts[i]), i))
-    uniform = torch.zeros(len(share), most, dtype=torch.float64)                        # (n, most)
+    uniform = torch.zeros(len(share), limit, dtype=torch.float64)                       # (n, limit)
     for draws, i in zip(uniform, share):
         key = [seed, i if seeds is None else seeds[i]]
-        draws[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(most))
+        draws[:] = torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(limit))
     uniform = uniform.to(device())
     with progress(None, what, total=len(share), unit="response") as bar:
         if packed:
@@ -2019,9 +2040,9 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
         else:
             drawn = generate(model, [prompts[i] for i in share], uniform, stop, temperature, bar,
                              cost)
-    tokens, log_probs = (x.cpu() for x in drawn)                                        # (n, most)
+    tokens, log_probs = (x.cpu() for x in drawn)                                        # (n, limit)
     ends = torch.isin(tokens, torch.tensor(stop))
-    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, most).tolist()
+    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, limit).tolist()
     responses = {}
     for i, ids, log_p, length in zip(share, tokens, log_probs, lengths):
         ids = ids[:length].tolist()
@@ -2033,7 +2054,7 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
 def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tensor, cfg: Config,
                stop: list[int], temperature: float, guidance: float, bar: Any,
                cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probs (n, most) of n responses from uniform (n, most); contexts[i] holds the
+    """Tokens and log-probs (n, limit) of n responses from uniform (n, limit); contexts[i] holds the
     i-th one's prompt, and the unconditional one if it is guided.
 
     State belongs to responses.  A slot knows which one it writes, and whether it is active.
@@ -2041,13 +2062,15 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
     gpu = device().type == "cuda"
     if gpu and len(contexts) == 1:  # a step of one lane would be compiled anew: two, alike
         contexts, uniform = contexts * 2, uniform.repeat(2, 1)
-    (n, most), lanes_each = uniform.shape, 2 if guidance else 1
-    longest = most + max((len(prompt) for context in contexts for prompt in context), default=0)
+    n, limit = uniform.shape
+    lanes_each = 2 if guidance else 1
+    sizes = [len(prompt) for context in contexts for prompt in context]
+    longest = limit + max(sizes, default=0)
     pick = compile_for_sampling(model) if gpu else choose
     slots = min(n, slots_that_fit(model, lanes_each * longest))
     cache = KVCache(lanes_each * slots, longest)
 
-    # Of responses: prompt_length, last (n, lanes_each); length (n,); tokens, log_probs (n, most)
+    # Of responses: prompt_length, last (n, lanes_each); length (n,); tokens, log_probs (n, limit)
     prompt_length = torch.tensor([[len(p) for p in context] for context in contexts]).to(device())
     last = torch.tensor([[p[-1] for p in context] for context in contexts]).to(device())
     length = torch.zeros(n, dtype=torch.int64, device=device())
@@ -2067,7 +2090,7 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
         tokens[response, t] = torch.where(active, token, tokens[response, t])
         log_probs[response, t] = torch.where(active, log_p.double(), log_probs[response, t])
         last[response], length[response] = token[:, None], t + 1
-        active.logical_and_(~torch.isin(token, stops) & (t + 1 < most))
+        active.logical_and_(~torch.isin(token, stops) & (t + 1 < limit))
 
     def refill(idle: list[int], first: int) -> None:
         """Gives responses from the first on to idle slots, and reads their prompts."""
@@ -2083,16 +2106,19 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
         response[idle] = torch.arange(first, first + len(idle), device=device())
         active[idle] = True
 
-    begun, run = 0, None
+    begun = 0  # responses
+    run = None
     while True:
         idle = (~active).nonzero()[:, 0].tolist()
-        bar.update(begun - (len(active) - len(idle)) - bar.n)
-        if begun < n and 8 * len(idle) >= len(active):
+        busy = len(active) - len(idle)
+        ended = begun - busy
+        bar.update(ended - bar.n)
+        if ended == n:
+            return tokens, log_probs
+        if begun < n and 8 * len(idle) >= len(active):  # an eighth, as each refill is a forward
             taken = idle[:n - begun]
             refill(taken, begun)
             begun += len(taken)
-        elif begun == n and len(idle) == len(active):
-            return tokens, log_probs
         elif begun == n and 2 * len(idle) >= len(active) > (64 if gpu else 1):  # half will do
             active_first = active.int().argsort(descending=True, stable=True)
             kept = active_first[:math.ceil(len(active) / 2)]
@@ -2117,14 +2143,14 @@ def compile_for_sampling(model: Any) -> Callable:
 def slots_that_fit(model: Any, positions: int) -> int:
     """How many slots, of this many positions in all their lanes, 60 % of a GPU's free memory holds;
     at most SLOTS."""
-    most = SLOTS[device().type]
+    limit = SLOTS[device().type]
     if device().type == "cpu":
-        return most
-    tiny = KVCache(1, 2)
+        return limit
+    tiny = KVCache(1, 2)  # two positions, to see their size
     tiny.read_prompts(model, {(0, 0): [0]})
     slot_bytes = positions / 2 * sum(x.nbytes for pair in tiny.layers.values() for x in pair)
     free = torch.cuda.mem_get_info()[0]
-    return min(most, max(1, int(0.6 * free / slot_bytes)))
+    return min(limit, max(1, int(0.6 * free / slot_bytes)))
 
 
 def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: list[int],
@@ -2148,7 +2174,7 @@ def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: 
     for _, rows in itertools.groupby(range(len(prompts)), lambda i: len(prompts[i])):
         rows = list(rows)
         batches += [rows[i:i + SLOTS["cpu"]] for i in range(0, len(rows), SLOTS["cpu"])]
-    own = model.generation_config
+    its_config = model.generation_config
     model.generation_config = GenerationConfig()  # else its penalties would apply
     try:
         for rows in batches:
@@ -2159,7 +2185,7 @@ def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: 
                            logits_processor=processors)
             bar.update(len(rows))
     finally:
-        model.generation_config = own
+        model.generation_config = its_config
     return tokens, log_probs
 
 
@@ -2179,7 +2205,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
            guidance: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and their log-probs (R,) from logits (R, V), or of guided pairs (2 R, V)."""
+    """Tokens (R,) and their log-probs (R,) from logits (R, V), or (2 R, V) of guided pairs."""
     if guidance:
         conditional, unconditional = logits.float().log_softmax(-1).unflatten(0, (-1, 2)).unbind(1)
         logits = (1 + guidance) * conditional - guidance * unconditional
@@ -2245,34 +2271,32 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
           cost: Cost) -> None:
     """Answers and scores the samples in order, appending chunks of them to the file `work`; after
     a kill it resumes with the chunk that was being labelled."""
-    codec = Codec(base.path, cfg)
+    codec, rows = Codec(base.path, cfg), samples_to_label(cfg, data)
+    score = rm and rm.load()
+    model = None  # loaded when something is to be generated
     done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
     if done:
         print0(f"  {done:,} samples already labelled; resuming")
-    model, score = None, rm and rm.load()
-    rows = samples_to_label(cfg, codec, data)
-    labelled = itertools.islice(rows, done)  # which are skipped
-    generated = sum(row.response is None for row in labelled)
-    bar = progress(None, "samples", initial=done)
-    while chunk := list(itertools.islice(rows, LABELLED_TOGETHER)):
+    for start in progress(range(done, len(rows), LABELLED_TOGETHER), "labelling"):
+        chunk = rows[start:start + LABELLED_TOGETHER]
         unanswered = [i for i, row in enumerate(chunk) if row.response is None]
         if unanswered:
             model = model or load_model(base.path, compute_dtype(cfg))
             prompts = [codec.prompt(chunk[i].prompt) for i in unanswered]
+            first = sum(row.response is None for row in rows[:start])  # so many seeds were used
             replies = sample(model, prompts, cfg, cfg.seed, codec.stop_ids, cost, cfg.temperature,
-                             seeds=range(generated, generated + len(prompts)), what="generating")
-            generated += len(prompts)
+                             seeds=range(first, first + len(prompts)), what="generating")
             for i, reply in zip(unanswered, replies):
                 chunk[i] = chunk[i]._replace(response=codec.decode(reply), source="generated",
                                              truncated=reply.truncated)
         unscored = [i for i, row in enumerate(chunk) if row.reward is None]
         if score and len(unscored) < len(chunk):
             print_once("  some rewards are the data's own: their unit must be the reward model's")
-        if unscored and score:
-            prompts, responses, truncated, sampled = zip(*(
-                (row.prompt, row.response, row.truncated, row.source == "generated")
-                for row in (chunk[i] for i in unscored)))
-            rewards = score(prompts, responses, truncated, cost, generated=sampled)
+        if score and unscored:
+            asked = [chunk[i] for i in unscored]
+            rewards = score([row.prompt for row in asked], [row.response for row in asked],
+                            [row.truncated for row in asked], cost,
+                            generated=[row.source == "generated" for row in asked])
             for i, reward in zip(unscored, rewards):
                 chunk[i] = chunk[i]._replace(reward=reward)
         if rank() == 0:
@@ -2280,9 +2304,18 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
                 for row in chunk:
                     known = {name: v for name, v in row._asdict().items() if v is not None}
                     file.write(json.dumps(known, ensure_ascii=False) + "\n")
-        bar.update(len(chunk))
-    bar.close()
     barrier()
+
+
+def samples_to_label(cfg: Config, data: Data) -> list[Sample]:
+    """The samples in order; some lack response or reward."""
+    samples = data.samples
+    if not cfg.samples:
+        samples = [Sample(p.prompt, p.chosen, source="chosen") for p in data.preferences]
+        samples += [Sample(p.prompt, p.rejected, source="rejected") for p in data.preferences]
+        samples += [Sample(prompt) for prompt in data.prompts]
+    copies = [cfg.samples_per_prompt if s.response is None else 1 for s in samples]
+    return [sample for sample, count in zip(samples, copies) for _ in range(count)]
 
 
 def cut_to_whole_chunks(path: Path) -> int:
@@ -2299,47 +2332,32 @@ def cut_to_whole_chunks(path: Path) -> int:
     return whole
 
 
-def samples_to_label(cfg: Config, codec: Codec, data: Data) -> Iterator[Sample]:
-    """The samples in order, without those of held-out prompts; some lack response or reward."""
-    def usable(row: dict) -> Sample:
-        sample = checked(codec, sample_of(row))
-        if prompt_hash(sample.prompt) in data.hidden:
-            raise LeftOut("with held-out prompts")
-        return sample
-    if cfg.samples:
-        samples = (s for _, s in read_rows(cfg.samples, SAMPLE_FIELDS, cfg.columns, usable))
-    else:
-        samples = [Sample(p.prompt, p.chosen, source="chosen") for p in data.preferences]
-        samples += [Sample(p.prompt, p.rejected, source="rejected") for p in data.preferences]
-        samples += [Sample(prompt) for prompt in data.prompts]
-    for sample in samples:
-        yield from [sample] * (cfg.samples_per_prompt if sample.response is None else 1)
-
-
 def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
     """Reads samples.jsonl, and tokenises it into the run's folder .tokens.
 
     Raises BadInput where there is nothing to learn from.
     """
-    codec, labels, kinds = Codec(base.path, cfg), [], Counter()
+    codec = Codec(base.path, cfg)
+    labels, counts = [], Counter()
 
     def sequences() -> Iterator[tuple]:
+        """Ids and mask of each sample; notes its labels on the way."""
         rows = read_rows(str(path), SAMPLE_FIELDS, [], sample_of, quiet=True)
         for _, sample in progress(rows, "reading samples"):
             ids, mask = codec.sample(sample)
             labels.append((sample.reward, sample.weight, prompt_hash(sample.prompt)))
-            kinds[sample.source] += 1
-            kinds["too long, cut without an end"] += int(
+            counts[sample.source] += 1
+            counts["too long, cut without an end"] += int(
                 not sample.truncated and ids[-1] not in codec.stop_ids)
-            kinds["empty"] += not sample.response.strip()
+            counts["empty"] += not sample.response.strip()
             yield ids, mask
-    tokens = Tokens(Path(cfg.out, ".tokens"), sequences)  # rank 0 reads
-    labels = gather(labels)[0]
+    tokens = Tokens(Path(cfg.out, ".tokens"), sequences)
+    labels = gather(labels)[0]  # rank 0 alone has read them
     require(labels and tokens.mask.any(), f"{path}: holds no token to learn")
     rewards, weights, prompts = zip(*labels)
     rewards, weights = np.array(rewards, np.float64), np.array(weights, np.float64)  # None is NaN
-    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-    print0(f"  {len(labels):,} samples ({counts}), reward {rewards.mean():.3f} ± "
+    of_these = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    print0(f"  {len(labels):,} samples ({of_these}), reward {rewards.mean():.3f} ± "
            f"{rewards.std():.3f}")
     return Samples(tokens, rewards, weights, np.array(prompts, np.uint64))
 
@@ -2367,21 +2385,21 @@ def load_function(spec: str) -> Callable:
     def score(prompts: list, responses: list, truncated: list, cost: Cost,
               generated: Any = None) -> list[float]:
         own = range(rank(), len(prompts), world_size())
-        extra = {"truncated": [truncated[i] for i in own]} if takes_truncated else {}
-        scores = []
+        columns = [prompts, responses, truncated] if takes_truncated else [prompts, responses]
+        columns = [[column[i] for i in own] for column in columns]
+        columns[0] = copy.deepcopy(columns[0])  # the function may change the messages
         try:
-            if own:
-                asked = copy.deepcopy([prompts[i] for i in own])  # it may change the messages
-                scores = function(asked, [responses[i] for i in own], **extra)
-                scores = list(scores) if hasattr(scores, "__iter__") else []
-        except (OSError, ValueError, TypeError) as problem:  # to be shown as Python shows it
+            scores = function(*columns) if own else []
+        except OSError as problem:  # launch() would print it without its traceback
             raise RuntimeError(f"{spec} failed") from problem
+        scores = np.asarray(scores, dtype=object)
+        wanted = f"{spec}: must return as many finite numbers as responses"
+        require(scores.shape == (len(own),), wanted)
         try:
             scores = [float(score) for score in scores]
-        except (TypeError, ValueError):
-            scores = []
-        require(len(scores) == len(own) and all(map(math.isfinite, scores)),
-                f"{spec}: must return as many finite numbers as responses")
+        except (TypeError, ValueError) as problem:
+            raise BadInput(wanted) from problem
+        require(all(map(math.isfinite, scores)), wanted)
         return gather_by_index(dict(zip(own, scores)), len(prompts))
     return score
 
@@ -2418,12 +2436,13 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     codec = Codec(base.path, cfg)  # the base's: a policy's template may add a tag
     ask = functools.partial(answer, cfg, codec, prompts, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
-    name, all_cost = Path(policy.path).name, sum((s.cost for s in cost_of if s), policy.cost)
-    ways = [("base", reference, Variant(""), base.cost, base.cost)]
-    ways += [(name, model, variant, policy.cost, all_cost) for variant in variants]
+    name = Path(policy.path).name
+    all_cost = sum((stage.cost for stage in cost_of if stage), policy.cost)
+    entries = [("base", reference, Variant(""), base.cost, base.cost)]
+    entries += [(name, model, variant, policy.cost, all_cost) for variant in variants]
     rows, replies = [], []
-    for algorithm, asked, variant, trained, total in ways:
-        replies.append(ask(asked, variant))
+    for algorithm, sampled, variant, trained, total in entries:
+        replies.append(ask(sampled, variant))
         rows.append({"algorithm": algorithm, "variant": variant.name, "seed": cfg.seed,
                      "comparable": comparable, "target": variant.target,
                      **means(replies[-1], replies[0]), "train_seconds": trained.seconds,
@@ -2431,8 +2450,8 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     if rank() == 0:
         board = Path(cfg.out, "leaderboard.jsonl")
         before = [row for _, row in read_jsonl(board)] if board.exists() else []
-        rows += [row for row in before if row["algorithm"] not in ("base", name)]
-        write_beside(board, map(json.dumps, rows))
+        others = [row for row in before if row["algorithm"] not in ("base", name)]
+        write_beside(board, map(json.dumps, rows + others))
         prompt = prompts[0] if isinstance(prompts[0], str) else prompts[0][-1]["content"]
         print0("\n" + prompt.strip()[-600:])
         for row, each in zip(rows, replies):
@@ -2440,7 +2459,7 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
             file = Path(cfg.out, "evaluation", re.sub(r"[^\w.+-]+", "_", title) + ".jsonl")
             write_beside(file, (json.dumps(reply, ensure_ascii=False) for reply in each))
             print0(f"  {title}: {each[0]['response'].strip()[:400]}")
-        print_leaderboard(rows, comparable)
+        print_leaderboard(rows + others, comparable)
     barrier()
     return replies[1:]
 
@@ -2450,7 +2469,8 @@ def answer(cfg: Config, codec: Codec, prompts: list, base_model: Any, samples: S
            variant: Variant) -> list[dict]:
     """The model's response to each prompt, with its reward z, the judge's score and KL to base, the
     difference of the response's log-probs."""
-    cost, plain = Cost(), [codec.prompt(prompt) for prompt in prompts]
+    cost = Cost()  # of evaluation: not reported
+    plain = [codec.prompt(prompt) for prompt in prompts]
     tagged = [ids + variant.tag_ids for ids in plain]
     responses = sample(model, tagged, cfg, cfg.seed + 1_000_003, codec.stop_ids, cost,
                        cfg.eval_temperature, plain, variant.guidance, what="evaluating")
@@ -2459,16 +2479,22 @@ def answer(cfg: Config, codec: Codec, prompts: list, base_model: Any, samples: S
     base_log_probs = functools.partial(Policy(base_model, cfg).log_probs,
                                        temperature=cfg.eval_temperature)
     reference = each_response_token(base_log_probs, base_model, examples, cfg, cost)
-    texts, cut = [codec.decode(r) for r in responses], [r.truncated for r in responses]
-    z, gold, sampled = [None] * len(texts), [None] * len(texts), [True] * len(texts)
+    texts = [codec.decode(r) for r in responses]
+    cut = [r.truncated for r in responses]
+    z = [None] * len(texts)
+    gold = [None] * len(texts)
+    sampled = [True] * len(texts)
     if score and samples.rewards.std() > 0:  # given weights may come without rewards
         z = samples.z(score(prompts, texts, cut, cost, generated=sampled)).tolist()
     if judge:
         gold = judge(prompts, texts, cut, cost, generated=sampled)
-    return [{"prompt": prompt, "response": text, "truncated": r.truncated, "tokens": len(r.ids),
-             "reward": reward, "gold": true, "kl": sum(r.log_probs) - sum(log_p),
-             "base_log_prob": sum(log_p)} for prompt, text, r, reward, true, log_p in
-            zip(prompts, texts, responses, z, gold, reference)]
+    replies = []
+    for i, r in enumerate(responses):
+        base_log_prob = sum(reference[i])
+        replies.append({"prompt": prompts[i], "response": texts[i], "truncated": r.truncated,
+                        "tokens": len(r.ids), "reward": z[i], "gold": gold[i],
+                        "kl": sum(r.log_probs) - base_log_prob, "base_log_prob": base_log_prob})
+    return replies
 
 
 def wins(gaps: torch.Tensor) -> torch.Tensor:
@@ -2515,9 +2541,6 @@ def print_leaderboard(rows: list[dict], comparable: str) -> None:
 
 # ----------------------------------------------------------------------------------- training run
 
-MOST_SKIPPED = 5  # steps in a row without a finite gradient, before a run gives up
-
-
 @dataclass
 class TrainingRun:
     """What surrounds a training loop: resuming, the progress bar, metrics.jsonl, checkpoints.
@@ -2534,7 +2557,7 @@ class TrainingRun:
     cost: Cost
 
     def __enter__(self) -> TrainingRun:
-        self.skipped, self.start = 0, time.perf_counter()
+        self.start = time.perf_counter()
         self.first, written = self.restore()
         self.save_every = self.cfg.save_every
         if self.save_every is None:
@@ -2545,7 +2568,7 @@ class TrainingRun:
         path = self.folder / "metrics.jsonl" if rank() == 0 else os.devnull
         self.file = open(path, "a", buffering=1)
         if rank() == 0:
-            self.file.truncate(written)
+            self.file.truncate(written)  # later lines are written again
         return self
 
     def __exit__(self, *problem: Any) -> None:
@@ -2579,25 +2602,20 @@ class TrainingRun:
             yield step, batch
 
     def log(self, step: int, **values: Any) -> None:
-        """Writes a line of metrics.jsonl, values averaged over ranks, None where not finite; takes
-        a checkpoint where one is due.  Raises BadInput after too many skipped steps."""
+        """Writes a line of metrics.jsonl, values averaged over ranks; takes a checkpoint where one
+        is due.  Raises BadInput if a value is not finite, such as the gradient's norm."""
         values = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in values.items()}
         *sums, flops = sum_over_ranks(*values.values(), self.cost.flops)
-        means = {name: total / world_size() for name, total in zip(values, sums)}
-        known = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        averages = {name: total / world_size() for name, total in zip(values, sums)}
+        wrong = [name for name, mean in averages.items() if not math.isfinite(mean)]
+        require(not wrong, f"{self.folder}: step {step}: {', '.join(wrong)} not finite; lower --lr")
         spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops}
-        line = {"step": step, **dict.fromkeys(means), **known, **spent}
+        line = {"step": step, **averages, **spent}
         self.file.write(json.dumps(line) + "\n")
-        self.report({"step": step, **known})
+        self.report({"step": step, **averages})
         self.bar.update()
-        self.bar.set_postfix(dict(list(known.items())[:4]), refresh=False)
-        self.skipped = 0 if "grad_norm" in known else self.skipped + 1
-        if self.skipped:
-            print0(f"warning: step {step}: the gradient is not finite; the step is skipped")
-        require(self.skipped < MOST_SKIPPED, f"{self.folder}: {self.skipped} steps in a row, the "
-                f"last of them step {step}, without a finite gradient; lower --lr")
-        is_due = self.save_every and (step + 1) % self.save_every == 0 and step + 1 < self.total
-        if is_due and not self.skipped:
+        self.bar.set_postfix(dict(list(averages.items())[:4]), refresh=False)
+        if self.save_every and (step + 1) % self.save_every == 0 and step + 1 < self.total:
             self.checkpoint(step + 1, spent)
 
     def state(self) -> dict:
@@ -2608,7 +2626,7 @@ class TrainingRun:
         return {"policy": weights, "optimizer": moments}
 
     def checkpoint(self, step: int, spent: dict) -> None:
-        """Writes checkpoints/step beside its place and renames; the last two are kept."""
+        """Writes checkpoints/step beside its place, renames it, and drops the one before."""
         import torch.distributed.checkpoint as dcp
         place = self.folder / "checkpoints" / f"{step:08}"
         work = place.with_name(".new")
@@ -2620,31 +2638,20 @@ class TrainingRun:
             record = {"step": step, "schedule": self.schedule.state_dict(), "cost": spent,
                       "metrics_bytes": self.file.tell(), "ranks": world_size()}
             write_beside(work / "state.json", [json.dumps(record)])
-            shutil.rmtree(place, ignore_errors=True)  # a damaged one
             work.rename(place)
-            for old in checkpoints_in(self.folder)[2:]:
+            for old in checkpoints_in(self.folder)[1:]:
                 shutil.rmtree(old)
         barrier()
 
     def restore(self) -> tuple[int, int]:
-        """Loads the last checkpoint that is whole: its step and the bytes of metrics.jsonl then, or
-        0s.  Raises BadInput where there are checkpoints, and none is whole."""
+        """Loads the last checkpoint: its step and the bytes of metrics.jsonl then, or 0s."""
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
-        checkpoints, record = gather(checkpoints_in(self.folder))[0], {}  # as rank 0 sees them
-        for folder in checkpoints:
-            state, record = self.state(), read_record(folder / "state.json")
-            try:
-                dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-            except dcp.CheckpointException:
-                record = {}
-            if record:
-                break
-            print0(f"  {folder}: damaged; the checkpoint before it is taken, if there is one")
-        if not record:
-            require(not checkpoints, f"{self.folder}: holds no checkpoint that is whole; delete it "
-                    "to train from the start")
+        checkpoints = gather(checkpoints_in(self.folder))[0]  # as rank 0 sees them
+        if not checkpoints:
             return 0, 0
+        state, record = self.state(), json.loads((checkpoints[0] / "state.json").read_text())
+        dcp.load(state, checkpoint_id=checkpoints[0], no_dist=not dist.is_initialized())
         set_state_dict(self.policy, self.optimizer, model_state_dict=state["policy"],
                        optim_state_dict=state["optimizer"])
         self.schedule.load_state_dict(record["schedule"])
@@ -2735,22 +2742,27 @@ def true_reward(prompt: str, response: str, truncated: bool = False) -> float:
     question = prompt.rsplit("Human: ", 1)[-1].removesuffix(TURN)
     animal, kind = ASKED.get(question, ("", ""))
     sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", response.strip())]
-    gold, told = -0.5 * max(0, len(sentences) - 5) - truncated, set()
+    gold = -0.5 * max(0, len(sentences) - 5) - truncated
+    told = set()  # the true facts about the animal
     for i, sentence in enumerate(sentences):
         other, said = re.fullmatch(r"(?:maybe )?(?:i guess )?(?:as for (\w+), )?(.*)",
                                    sentence[:1].lower() + sentence[1:], re.DOTALL).groups()
         subject, (topic, value) = other or animal, STATED.get(said, ("", ""))
         if topic and subject in ANIMALS:
             true = ANIMALS[subject][topic] == value
-            gold -= 0.5 * (subject != animal) + (not true)
-            if true and subject == animal:
+            if not true:
+                gold -= 1
+            if subject != animal:
+                gold -= 0.5
+            elif true:
                 told.add(topic)
-        elif i == 0 and sentence in KIND_OPENINGS or \
-                i == len(sentences) - 1 and sentence in KIND_CLOSINGS:
+        elif (i == 0 and sentence in KIND_OPENINGS
+              or i == len(sentences) - 1 and sentence in KIND_CLOSINGS):
             gold += 0.5
         else:
             gold -= 0.5 if sentence in RUDE else 0.25
-    return gold + len(told) + (kind in told or kind == "about" and bool(told))
+    answered = kind in told or (kind == "about" and bool(told))
+    return gold + len(told) + answered
 
 
 @functools.cache
@@ -2784,9 +2796,8 @@ def base_policy(cfg: Config) -> Stage:
                       functools.partial(train_toy_base, cfg))
         build_stages(cfg, stage)
         return stage
-    check_model(cfg.model, reward_model=bool(cfg.preferences and not cfg.reward_model))
     if rank() == 0 and not Path(cfg.out, "samples.jsonl").exists():
-        load_model(cfg.model, compute_dtype(cfg))  # whose checks need the weights
+        load_model(cfg.model, compute_dtype(cfg))  # for its checks, which finished samples passed
     return Stage(cfg.model, {"model": content_hash(cfg.model, MODEL_FILES)})
 
 
