@@ -16,11 +16,13 @@ import functools
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -40,9 +42,10 @@ import reward_model
 import rwr
 from common import flag
 
-SCRIPTS = {"sft": (mle_filter, {"keep": 1.0}), "mle_filter": (mle_filter, {}), "rwr": (rwr, {}),
-           "dt": (dt, {"target": ["q5", "q25", "q50", "q75", "q95", "q99"]}),
-           "ppo": (ppo_baseline, {})}
+METHODS = {"sft": ["mle_filter.py", "--keep", 1.0], "mle_filter": ["mle_filter.py"],
+           "rwr": ["rwr.py"],
+           "dt": ["dt.py", "--target", "q5", "q25", "q50", "q75", "q95", "q99"],
+           "ppo": ["ppo_baseline.py"]}
 UNITS = {"total_flops": "FLOPs", "total_seconds": "seconds"}
 
 
@@ -51,7 +54,7 @@ class Config:
     """What to compare, and where to."""
     seeds: list[int] = flag([0, 1, 2, 3, 4], "random seeds: a world and a run of each method for "
                             "every one")
-    methods: list[str] = flag(list(SCRIPTS), f"of {', '.join(SCRIPTS)}")
+    methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
     out: str = flag("runs/compare", "folder of the runs and of table.md")
     mini: bool = flag(False, "a step or two of each method, on one seed: a test of this script")
 
@@ -81,10 +84,9 @@ def machine() -> dict:
     git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"],
                          capture_output=True, text=True)
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in (info.read_text() if info.exists() else "")
-             .splitlines() if line.startswith("model name")]
+    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return {"date": str(date.today()), "commit": git.stdout.strip(),
-            "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "cpu": name[1] if name else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "torch": torch.__version__, "transformers": transformers.__version__}
@@ -132,36 +134,27 @@ def append_rows(file: Path, rows: list[dict]) -> None:
 
 
 def train_each(train: Callable, cells: list, cfg: Any) -> Iterator[Any]:
-    """Calls train(cell, cfg), of --jobs cells at a time; yields the cells in order, as they end."""
+    """What train(cell, cfg) returns for each cell, in order; --jobs at a time, each on one thread,
+    in processes of their own if there are several."""
     if cfg.jobs == 1:
-        for cell in cells:
-            train(cell, cfg)
-            yield cell
+        yield from (train(cell, cfg) for cell in cells)
         return
-    with ThreadPoolExecutor(cfg.jobs) as pool:
-        for cell, _ in zip(cells, pool.map(train, cells, [cfg] * len(cells))):
-            yield cell
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(cfg.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+        yield from pool.map(train, cells, [cfg] * len(cells))
 
 
-def run_script(folder: Path, script: str, *flags: object, apart: bool = False) -> None:
-    """Runs one of the project's scripts into a folder, with what it prints in log.txt there; apart:
-    in a process of its own, on one thread.  Raises BadInput if it fails."""
+def run_script(folder: Path, script: str, *flags: object) -> None:
+    """Runs one of the project's scripts into a folder, with what it prints in log.txt there.
+    Raises BadInput if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    args, status = ["--out", str(folder), *map(str, flags)], 0
-    with open(folder / "log.txt", "a") as log:
-        if apart:
-            command = [sys.executable, str(ROOT / script), *args]
-            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-            status = subprocess.run(command, stdout=log, stderr=log, env=one_thread).returncode
-        else:
-            module = importlib.import_module(Path(script).stem)
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                try:
-                    common.launch(module.main, module.Config, args)
-                except SystemExit as stop:
-                    status = stop.code
-    last = (folder / "log.txt").read_text().splitlines()[-1:]
-    common.require(status == 0, f"{folder}/log.txt: {script} ended with status {status}: {last}")
+    module, args = importlib.import_module(Path(script).stem), ["--out", str(folder), *flags]
+    with open(folder / "log.txt", "a") as log, \
+            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            common.launch(module.main, module.Config, list(map(str, args)))
+        except SystemExit as stop:
+            raise common.BadInput(f"{script} failed: see {folder}/log.txt") from stop
 
 
 def shrink_toy_world() -> None:
@@ -182,17 +175,13 @@ def shrink_toy_world() -> None:
     common.toy_data = first_pairs
 
 
-def toy(script: Any, **flags: Any) -> Any:
-    """A script's Config with the toy world's defaults."""
-    return script.Config(**{**common.TOY, **script.TOY, **flags})
-
-
 def tiny_base(folder: str, texts: list[str], vocabulary: int = 400, seed: int = 0,
-              **shape: Any) -> common.Stage:
+              template: Optional[str] = None, **shape: Any) -> common.Stage:
     """A Llama of random weights, of a tiny shape unless given another, and a tokenizer of these
     texts, saved in a folder."""
     from transformers import GPT2TokenizerFast, LlamaConfig, LlamaForCausalLM
     tokenizer = GPT2TokenizerFast().train_new_from_iterator(texts, vocabulary, show_progress=False)
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     with torch.device(common.device()):
@@ -211,12 +200,10 @@ def run(cfg: Config) -> dict[str, list[dict]]:
     rows: dict[str, list[dict]] = {}
     for seed in cfg.seeds[:1] if cfg.mini else cfg.seeds:
         folder = Path(cfg.out) / f"{'mini' if cfg.mini else 'seed'}{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
         for method in cfg.methods:
             print(f"seed {seed}, {method}", flush=True)
-            script, flags = SCRIPTS[method]
-            with open(folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
-                script.main(toy(script, seed=seed, out=str(folder), **flags))
+            script, *flags = METHODS[method]
+            run_script(folder, script, "--seed", seed, *flags)
         for row in read_rows(folder / "leaderboard.jsonl"):
             if row["algorithm"] in ("base", *cfg.methods):
                 rows.setdefault(f"{row['algorithm']} {row['variant']}".strip(), []).append(row)
@@ -237,7 +224,7 @@ def named(rows: dict[str, list[dict]], start: str) -> Optional[str]:
 def table(rows: dict[str, list[dict]]) -> str:
     """Markdown: gold over the seeds, its difference from PPO's paired by seed, and costs."""
     ppo, lines = named(rows, "ppo"), []
-    for name in sorted(rows, key=lambda name: ["base", *SCRIPTS].index(name.split()[0])):
+    for name in sorted(rows, key=lambda name: ["base", *METHODS].index(name.split()[0])):
         gold = column(rows[name], "gold")
         line = {"": name, "gold": shown(gold), "sd over seeds": f"{gold.std(ddof=1):.2f}"
                 if len(gold) > 1 else "", "reward z": f"{column(rows[name], 'reward').mean():.2f}",
@@ -263,7 +250,7 @@ def order(rows: dict[str, list[dict]]) -> list[str]:
 
 def main(cfg: Config) -> None:
     """Runs the methods, prints and writes the table."""
-    common.require(set(cfg.methods) <= set(SCRIPTS), f"--methods: choose from {', '.join(SCRIPTS)}")
+    common.require(set(cfg.methods) <= set(METHODS), f"--methods: choose from {', '.join(METHODS)}")
     if cfg.mini:
         shrink_toy_world()
     rows = run(cfg)

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from compare import (append_rows, interval, machine, markdown, read_rows, shown, shrink_toy_world,
-                     start, toy)
+                     start)
 
 import common
 import dt
@@ -187,6 +187,11 @@ def choose(rows: list[dict], size: Sizes) -> dict:
 
 
 # ---------------------------------------------------------------------------------------- cells
+
+
+def toy(script: Any, **flags: Any) -> Any:
+    """A script's Config with the toy world's defaults."""
+    return script.Config(**{**common.TOY, **script.TOY, **flags})
 
 
 class World:

@@ -79,22 +79,20 @@ def step(cfg, examples, kernel, tags=([], []), columns=lambda micro: ()):
     with torch.no_grad():
         for p in policy.parameters():
             p -= 0.1 * p.grad
-    change = [after - b for after, b in zip(log_p(), before)]
-    print(f"  log p of the chosen reply {change[0]:+.3f}, of the rejected one {change[1]:+.3f}")
-    return change
+    chosen, rejected = (after - b for after, b in zip(log_p(), before))
+    print(f"  log p of the chosen reply {chosen:+.3f}, of the rejected one {rejected:+.3f}")
 
 
-changes = {}
 print("filtering: the best half is kept, the other forgotten")
 cfg = config(mle_filter, keep=0.5)
-changes["mle_filter"] = step(cfg, all_of(mle_filter.prepare(samples, cfg)), mle_filter.masked_nll_)
+step(cfg, all_of(mle_filter.prepare(samples, cfg)), mle_filter.masked_nll_)
 
 # %% RWR keeps both, with weights exp(z / beta)
 print("RWR: both, by weight")
 cfg = config(rwr, beta=1.0)
 examples = all_of(rwr.prepare(samples, cfg))
 print("  weights", [round(example.weight, 3) for example in examples])
-changes["rwr"] = step(cfg, examples, rwr.weighted_nll_, columns=lambda micro: (micro.weight,))
+step(cfg, examples, rwr.weighted_nll_, columns=lambda micro: (micro.weight,))
 
 # %% DT learns both alike, each after a tag that says how good it is
 print("DT: both alike, each after its own tag")
@@ -102,8 +100,8 @@ cfg = config(dt, condition_dropout=0.0, guidance=[0.0])
 codec = common.Codec(base.path, cfg)
 tags = [dt.reward_tag(reward, cfg) for reward in z]
 print("  tags", tags)
-changes["dt"] = step(cfg, all_of(dt.prepare(samples, codec, cfg)), dt.masked_nll_,
-                     [codec.continuation(tag) for tag in tags])
+step(cfg, all_of(dt.prepare(samples, codec, cfg)), dt.masked_nll_,
+     [codec.continuation(tag) for tag in tags])
 
 # %% PPO samples for itself; were these two its own samples, their advantages would push and pull
 print("PPO: what did better than expected up, the other down")
@@ -119,4 +117,4 @@ for example, reward in zip(plain, z):
     examples.append(example._replace(columns=(old.numpy(), advantage.numpy())))
 surrogate = functools.partial(ppo_baseline.clipped_surrogate_, temperature=1.0, clip=cfg.clip,
                               statistics=torch.zeros(3))
-changes["ppo"] = step(cfg, examples, surrogate, columns=lambda micro: micro.columns)
+step(cfg, examples, surrogate, columns=lambda micro: micro.columns)

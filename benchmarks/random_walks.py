@@ -20,9 +20,6 @@ Evaluation is the mean over all 20 starts, sampled at temperature 1.  As in trlx
 out: the starts are the whole task, and the question is what a method makes of the logged walks.
 --held_out 0.2 sets about four starts apart, from which no walk is trained on (walks from elsewhere
 pass through them), and adds a column for those alone.
-
-trlx #554 says that rejection fine-tuning reaches the perfect score in PPO's time.  That filters
-walks which the policy takes itself, round after round; the filters here have the logged walks.
 """
 from __future__ import annotations
 
@@ -136,7 +133,7 @@ class Config:
     held_out: float = flag(1e-9, "share of starts from which no walk is trained on; 1e-9: none")
     out: str = flag("runs/random_walks", "folder of the runs and of rows.jsonl; finished runs in "
                     "it are not run again")
-    jobs: int = flag(2, "runs at a time, each in a process of its own, on one thread")
+    jobs: int = flag(2, "runs at a time, each on one CPU thread")
     tune: bool = flag(False, f"run the grid of learning rates, on seeds {TUNING_SEEDS}")
     report: bool = flag(False, "run nothing: print the table of what has run")
     mini: bool = flag(False, "a few steps of two methods: a test of this script")
@@ -179,8 +176,8 @@ def make_world(home: Path, seed: int) -> None:
     common.write_beside(home / "walks.jsonl", walks)
 
 
-def train(cell: Cell, cfg: Config) -> None:
-    """Trains a cell's policy by the project's script."""
+def train(cell: Cell, cfg: Config) -> Cell:
+    """Trains a cell's policy by the project's script; returns the cell."""
     home, steps = Path(cfg.out, f"seed{cell.seed}"), cfg.steps
     if cell.method == "base":
         model, script, own = home / "untrained", "mle_filter.py", ["--keep", 1.0]
@@ -194,8 +191,8 @@ def train(cell: Cell, cfg: Config) -> None:
                "--reward_model", f"{Path(__file__).resolve()}:optimality", "--lr", cell.lr,
                "--steps", steps, "--batch_size", 32, "--seed", cell.seed,
                "--held_out", cfg.held_out, "--max_prompt_tokens", 8, "--max_response_tokens",
-               MOST_MOVES + 1, "--eval_prompts", 0, "--save_every", 0, "--dtype", "fp32",
-               apart=cfg.jobs > 1)
+               MOST_MOVES + 1, "--eval_prompts", 0, "--save_every", 0, "--dtype", "fp32")
+    return cell
 
 
 def evaluate(cell: Cell, cfg: Config) -> list[dict]:

@@ -13,9 +13,7 @@ sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip install vader
 2. Learning rates: each of three for each method, at 200 steps.  The best on the tuning prompts, by
    slope for DT and by sentiment for the others, is used at all step counts.  DT is tuned with
    emphasis 2, which decides for 0 and 4 too.
-3. Runs: each method at each of --steps, evaluated on the test prompts; the base policy; and best of
-   n, its own replies, the best of n of which is kept.
-4. The table.
+3. Runs: each method at each of --steps, evaluated on the test prompts, beside the base policy.
 
 Each step count is a run with a learning-rate schedule of its own: a checkpoint on the way would
 come from a schedule that has not ended.  At equal steps all methods read equally many sequences,
@@ -46,7 +44,7 @@ from compare import (append_rows, machine, markdown, read_rows, run_script, star
 
 import common
 import reward_model
-from common import Cost, flag
+from common import flag
 
 # ---------------------------------------------------------------------------- prompts and rewards
 
@@ -105,7 +103,7 @@ class Config:
     out: str = flag("runs/real_model", "folder of the runs and of rows.jsonl")
     methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
     steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps, a run each; 0: as it is")
-    jobs: int = flag(2, "runs at a time, each in a process of its own, on one thread")
+    jobs: int = flag(2, "runs at a time, each on one CPU thread")
     report: bool = flag(False, "run nothing: print the table of what has run")
     mini: bool = flag(False, "a tiny model and a handful of prompts: a test of this script")
 
@@ -156,14 +154,15 @@ def write_replies(cfg: Config) -> None:
         common.write_beside(out / split / "data" / "test.jsonl", lines[split])
 
 
-def train(cell: Cell, cfg: Config) -> None:
-    """Trains and evaluates a cell's policy by the project's script."""
+def train(cell: Cell, cfg: Config) -> Cell:
+    """Trains and evaluates a cell's policy by the project's script; returns the cell."""
     script, *own = METHODS[cell.method]
     steps, lr = (cell.steps, cell.lr) if cell.steps else (1, 1e-12)  # no weight moves
     flags = {**shared_flags(cfg), "samples": Path(cfg.out, cell.split, "data"), "judge": REWARD,
              "lr": lr, "steps": steps, "eval_prompts": 2 * len(split_prompts(cfg)[cell.split])}
     own += [text for name, value in flags.items() for text in (f"--{name}", value)]
-    run_script(cell.folder(cfg), script, *own, apart=cfg.jobs > 1)
+    run_script(cell.folder(cfg), script, *own)
+    return cell
 
 
 def by_prompt(replies: list[dict], name: str) -> np.ndarray:
@@ -190,45 +189,21 @@ def evaluated(cell: Cell, cfg: Config) -> dict:
     folder = cell.folder(cfg)
     replies = {file.stem: read_rows(file) for file in (folder / "evaluation").glob("*.jsonl")}
     del replies["base"]
+    row = {**cell._asdict(), **machine()}
     if not cell.method.startswith("dt"):
         only, = replies.values()
-        return {**cell._asdict(), **summary(only)}
+        return {**row, **summary(only)}
     target = {entry["variant"]: entry["target"]
               for entry in read_rows(folder / "leaderboard.jsonl")}
     low, high = (by_prompt(replies[f"dt_target_{name}"], "reward") for name in ("q5", "q95"))
     slope = (high - low) / (target["target q95"] - target["target q5"])                 # (P,)
-    return {**cell._asdict(), "slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
+    return {**row, "slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
             "guided": summary(replies["dt_target_q95_guidance_0.5"])}
-
-
-def best_of_n(cfg: Config) -> list[dict]:
-    """A row for the base policy and for the best of 4 and 16 of its replies to each test prompt."""
-    prompts, most = split_prompts(cfg)["test"], 16
-    own = common.Config(**shared_flags(cfg), samples=cfg.out)
-    codec = common.Codec(cfg.model, own)
-    model = common.load_model(cfg.model, common.compute_dtype(own))
-    ids = [codec.prompt(prompt) for prompt in prompts for _ in range(most)]
-    replies = common.sample(model, ids, own, 2_000_003, codec.stop_ids, Cost(), 1.0)
-    gold = sentiment([], [codec.decode(reply) for reply in replies])
-    said = [{"prompt": prompts[i // most], "gold": score, "tokens": len(reply.ids),
-             "base_log_prob": sum(reply.log_probs)}
-            for i, (reply, score) in enumerate(zip(replies, gold))]
-    rows = []
-    for name, n in ("base", 1), ("best of 4", 4), ("best of 16", most):
-        first = range(0, len(said), most)
-        kept = [max(said[i:i + n], key=lambda reply: reply["gold"]) for i in first]
-        rows.append({**Cell("test", name, 0, 0.0)._asdict(), **summary(kept)})
-    return rows
 
 
 def finished(cfg: Config) -> list[dict]:
     """The rows of rows.jsonl."""
     return read_rows(Path(cfg.out, "rows.jsonl"))
-
-
-def append(row: dict, cfg: Config) -> None:
-    """Adds a row to rows.jsonl, with what it was measured on."""
-    append_rows(Path(cfg.out, "rows.jsonl"), [{**row, **machine()}])
 
 
 def run(cells: list[Cell], cfg: Config) -> None:
@@ -237,7 +212,7 @@ def run(cells: list[Cell], cfg: Config) -> None:
     missing = [cell for cell in cells if cell not in done]
     for cell in train_each(train, missing, cfg):
         row = evaluated(cell, cfg)
-        append(row, cfg)
+        append_rows(Path(cfg.out, "rows.jsonl"), [row])
         for weights in cell.folder(cfg).glob("*/*.safetensors"):
             weights.unlink()  # half a gigabyte, which nothing reads again
         print(*cell, *(f"{name} {row[name][0]:.3f}" for name in ("slope", "sentiment")
@@ -283,31 +258,25 @@ def table(rows: list[dict]) -> str:
     return markdown(lines)
 
 
-def tiny_chat_model(folder: Path) -> str:
-    """A model of random weights, whose tokens are bytes and words with a sentiment, in a folder."""
-    from transformers import AutoTokenizer
-    tiny_base(str(folder), [" good great happy love nice bad sad hate awful terrible" * 9])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def measure(cfg: Config) -> None:
     """Everything before the table, as far as it is missing."""
     analyser()  # if it is missing, now is the time to say so
     torch.set_num_threads(cfg.jobs)
     if cfg.mini:
-        cfg.model = tiny_chat_model(Path(cfg.out, "tiny"))
+        words = " good great happy love nice bad sad hate awful terrible" * 9
+        cfg.model = tiny_base(f"{cfg.out}/tiny", [words], template="{% for m in messages %}"
+                              "{{ m['content'] + eos_token }}{% endfor %}").path
     if not Path(cfg.out, "test", "data", "test.jsonl").exists():
         write_replies(cfg)
     steps, rates = (1, RATES[-1:]) if cfg.mini else (TUNING_STEPS, RATES)
     run([Cell("tuning", method, steps, lr)
          for method in dict.fromkeys(map(tuned_as, cfg.methods)) for lr in rates], cfg)
-    if not any(row["method"] == "base" for row in finished(cfg)):
-        for row in best_of_n(cfg):
-            append(row, cfg)
-    run(cells_to_train(cfg), cfg)
+    cells = cells_to_train(cfg)
+    run(cells, cfg)
+    if not any(row["method"] == "base" for row in finished(cfg)):  # each script evaluates it, too
+        replies = read_rows(cells[0].folder(cfg) / "evaluation" / "base.jsonl")
+        append_rows(Path(cfg.out, "rows.jsonl"), [
+            {**Cell("test", "base", 0, 0.0)._asdict(), **machine(), **summary(replies)}])
 
 
 def main(cfg: Config) -> None:
