@@ -2,7 +2,7 @@
 what it costs.
 
     python benchmarks/compare.py                          # a quarter of an hour on 2 cores
-    python benchmarks/compare.py --seeds 0 1 --methods dt ppo --out runs/quick
+    python benchmarks/compare.py --seeds 0 1 --out runs/quick
     python benchmarks/compare.py --mini --out runs/mini   # a test, not a result
 
 Runs the scripts with their toy defaults, one folder per seed (finished stages are used again), and
@@ -46,7 +46,7 @@ METHODS = {"sft": ["mle_filter.py", "--keep", 1.0], "mle_filter": ["mle_filter.p
            "rwr": ["rwr.py"],
            "dt": ["dt.py", "--target", "q5", "q25", "q50", "q75", "q95", "q99"],
            "ppo": ["ppo_baseline.py"]}
-UNITS = {"total_flops": "FLOPs", "total_seconds": "seconds"}
+UNITS = (("total_flops", "FLOPs", ".1e"), ("total_seconds", "seconds", ",.0f"))
 
 
 @dataclass
@@ -54,7 +54,6 @@ class Config:
     """What to compare, and where to."""
     seeds: list[int] = flag([0, 1, 2, 3, 4], "random seeds: a world and a run of each method for "
                             "every one")
-    methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
     out: str = flag("runs/compare", "folder of the runs and of table.md")
     mini: bool = flag(False, "a step or two of each method, on one seed: a test of this script")
 
@@ -200,15 +199,12 @@ def run(cfg: Config) -> dict[str, list[dict]]:
     rows: dict[str, list[dict]] = {}
     for seed in cfg.seeds[:1] if cfg.mini else cfg.seeds:
         folder = Path(cfg.out) / f"{'mini' if cfg.mini else 'seed'}{seed}"
-        for method in cfg.methods:
+        for method, (script, *flags) in METHODS.items():
             print(f"seed {seed}, {method}", flush=True)
-            script, *flags = METHODS[method]
             run_script(folder, script, "--seed", seed, *flags)
         for row in read_rows(folder / "leaderboard.jsonl"):
-            if row["algorithm"] in ("base", *cfg.methods):
-                rows.setdefault(f"{row['algorithm']} {row['variant']}".strip(), []).append(row)
-    most = max(map(len, rows.values()))
-    return {name: group for name, group in rows.items() if len(group) == most}
+            rows.setdefault(f"{row['algorithm']} {row['variant']}".strip(), []).append(row)
+    return rows
 
 
 def column(group: list[dict], name: str) -> np.ndarray:
@@ -216,26 +212,24 @@ def column(group: list[dict], name: str) -> np.ndarray:
     return np.array([row[name] for row in group], dtype=np.float64)
 
 
-def named(rows: dict[str, list[dict]], start: str) -> Optional[str]:
-    """The first method whose name starts so; None if there is none."""
-    return next((name for name in rows if name.startswith(start)), None)
+def named(rows: dict[str, list[dict]], start: str) -> str:
+    """The first policy whose name starts so."""
+    return next(name for name in rows if name.startswith(start))
 
 
 def table(rows: dict[str, list[dict]]) -> str:
     """Markdown: gold over the seeds, its difference from PPO's paired by seed, and costs."""
-    ppo, lines = named(rows, "ppo"), []
+    ppo, lines = rows[named(rows, "ppo")], []
     for name in sorted(rows, key=lambda name: ["base", *METHODS].index(name.split()[0])):
         gold = column(rows[name], "gold")
         line = {"": name, "gold": shown(gold), "sd over seeds": f"{gold.std(ddof=1):.2f}"
                 if len(gold) > 1 else "", "reward z": f"{column(rows[name], 'reward').mean():.2f}",
-                "KL to base": f"{column(rows[name], 'kl_to_base').mean():.1f}"}
-        if ppo:
-            line["gold − PPO's"] = shown(gold - column(rows[ppo], "gold"), "+")
-        for unit, label in UNITS.items() if name != "base" else ():
-            spent = column(rows[name], unit).mean()
-            line[label] = f"{spent:.1e}" if unit == "total_flops" else f"{spent:,.0f}"
-            if ppo:
-                line[label] += f" ({spent / column(rows[ppo], unit).mean():.2f})"
+                "KL to base": f"{column(rows[name], 'kl_to_base').mean():.1f}",
+                "gold − PPO's": shown(gold - column(ppo, "gold"), "+")}
+        if name != "base":
+            for unit, label, form in UNITS:
+                spent, by_ppo = column(rows[name], unit).mean(), column(ppo, unit).mean()
+                line[label] = f"{spent:{form}} ({spent / by_ppo:.2f})"
         lines.append(line)
     return markdown(lines)
 
@@ -245,12 +239,11 @@ def order(rows: dict[str, list[dict]]) -> list[str]:
     names = [named(rows, start) for start in ("dt target q99", "rwr", "mle_filter", "sft")]
     return [f"- {better} − {worse}: "
             f"{shown(column(rows[better], 'gold') - column(rows[worse], 'gold'), '+')}"
-            for better, worse in zip(names, names[1:]) if better and worse]
+            for better, worse in zip(names, names[1:])]
 
 
 def main(cfg: Config) -> None:
     """Runs the methods, prints and writes the table."""
-    common.require(set(cfg.methods) <= set(METHODS), f"--methods: choose from {', '.join(METHODS)}")
     if cfg.mini:
         shrink_toy_world()
     rows = run(cfg)

@@ -28,13 +28,12 @@ interrupted is resumed by the same command.
 """
 from __future__ import annotations
 
-import functools
 import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -71,17 +70,9 @@ def split_prompts(cfg: Config) -> dict[str, list]:
 
 def sentiment(prompts: list, responses: list[str]) -> list[float]:
     """VADER's compound score of each response, from -1 to 1, whatever the prompt."""
-    return [analyser().polarity_scores(response)["compound"] for response in responses]
-
-
-@functools.cache
-def analyser() -> Any:
-    """VADER, with its lexicon.  Raises BadInput where it is not installed."""
-    try:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as problem:
-        raise common.BadInput("the rewards need VADER: pip install vaderSentiment") from problem
-    return SentimentIntensityAnalyzer()
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    analyser = SentimentIntensityAnalyzer()
+    return [analyser.polarity_scores(response)["compound"] for response in responses]
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -260,7 +251,7 @@ def table(rows: list[dict]) -> str:
 
 def measure(cfg: Config) -> None:
     """Everything before the table, as far as it is missing."""
-    analyser()  # if it is missing, now is the time to say so
+    sentiment([], [])  # if VADER is missing, now is the time to say so
     torch.set_num_threads(cfg.jobs)
     if cfg.mini:
         words = " good great happy love nice bad sad hate awful terrible" * 9

@@ -115,17 +115,14 @@ def shape(name: str, **changes: Any) -> dict:
     return {**dict(zip(NAMES, SHAPES[name])), **changes}
 
 
-def random_model(shape: dict, dtype: torch.dtype) -> Any:
-    """A Llama of random weights, as the scripts load it."""
+def model_and_prompts(shape: dict, dtype: torch.dtype, count: int, low: int,
+                      high: int) -> tuple[Any, list[list[int]]]:
+    """A Llama of random weights, as the scripts load it, and prompts of random ids."""
     with tempfile.TemporaryDirectory() as folder:
-        return common.load_model(tiny_base(folder, WORDS, **shape).path, dtype)
-
-
-def random_ids(model: Any, count: int, low: int, high: int) -> list[list[int]]:
-    """Sequences of random ids of a model."""
+        model = common.load_model(tiny_base(folder, WORDS, **shape).path, dtype)
     rng = np.random.default_rng(0)
-    return [rng.integers(0, model.config.vocab_size, rng.integers(low, high + 1)).tolist()
-            for _ in range(count)]
+    return model, [rng.integers(0, model.config.vocab_size, rng.integers(low, high + 1)).tolist()
+                   for _ in range(count)]
 
 
 def settings(**flags: Any) -> common.Config:
@@ -191,10 +188,10 @@ def head_error(kind: str, dtype: torch.dtype, vocabulary: int) -> dict:
 
 def sampler_error(cfg: Config, dtype: torch.dtype) -> dict:
     """How many greedy responses are generate's, token for token."""
-    model = random_model(
+    model, prompts = model_and_prompts(
         shape(cfg.size("135M", "135M", "mini"), tie_word_embeddings=False, initializer_range=0.05,
-              num_hidden_layers=cfg.size(30, 4, 2)), dtype)
-    prompts, most = random_ids(model, 16, 1, cfg.size(200, 60, 30)), cfg.size(40, 12, 12)
+              num_hidden_layers=cfg.size(30, 4, 2)), dtype, 16, 1, cfg.size(200, 60, 30))
+    most = cfg.size(40, 12, 12)
     ours = common.sample(model, prompts, settings(max_response_tokens=most), 0, [-1], Cost(), 0.0)
     theirs = generate(model, prompts, most, do_sample=False)
     same = sum(response.ids == row for response, row in zip(ours, theirs))
@@ -338,8 +335,8 @@ def generate(model: Any, prompts: list[list[int]], new_tokens: int, **how: Any) 
 
 def sample_rate(cfg: Config, name: str, count: int) -> dict:
     """The rates after a first call, which compiles."""
-    model = random_model(shape(name), common.compute_dtype(settings()))
-    prompts = random_ids(model, count, *cfg.size((32, 128), (32, 128), (4, 16)))
+    model, prompts = model_and_prompts(shape(name), common.compute_dtype(settings()), count,
+                                       *cfg.size((32, 128), (32, 128), (4, 16)))
     most = cfg.size(128, 32, 12)
     ours = partial(common.sample, model, prompts, settings(max_response_tokens=most), 0, [-1],
                    Cost(), 1.0)
