@@ -148,12 +148,14 @@ def run_script(folder: Path, script: str, *flags: object) -> None:
     Raises BadInput if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     module, args = importlib.import_module(Path(script).stem), ["--out", str(folder), *flags]
-    with open(folder / "log.txt", "a") as log, \
-            contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
+    file = folder / "log.txt"
+    try:
+        with open(file, "a") as log, contextlib.redirect_stdout(log), \
+                contextlib.redirect_stderr(log):
             common.launch(module.main, module.Config, list(map(str, args)))
-        except SystemExit as stop:
-            raise common.BadInput(f"{script} failed: see {folder}/log.txt") from stop
+    except SystemExit as stop:
+        last = file.read_text().splitlines()[-1]
+        raise common.BadInput(f"{script} failed: {last} (all of it: {file})") from stop
 
 
 def shrink_toy_world() -> None:
