@@ -13,7 +13,8 @@ sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip install vader
 2. Learning rates: each of three for each method, at 200 steps.  The best on the tuning prompts, by
    slope for DT and by sentiment for the others, is used at all step counts.  DT is tuned with
    emphasis 2, which decides for 0 and 4 too.
-3. Runs: each method at each of --steps, evaluated on the test prompts, beside the base policy.
+3. Runs: each method at each of --steps, evaluated on the test prompts, beside the base policy and
+   the best of 4 and of 16 of its replies.
 
 Each step count is a run with a learning-rate schedule of its own: a checkpoint on the way would
 come from a schedule that has not ended.  At equal steps all methods read equally many sequences,
@@ -192,6 +193,27 @@ def evaluated(cell: Cell, cfg: Config) -> dict:
             "guided": summary(replies["dt_target_q95_guidance_0.5"])}
 
 
+def best_of_n(cfg: Config) -> list[dict]:
+    """A row for the base policy and for the best of 4 and 16 of its replies to each test prompt."""
+    prompts = split_prompts(cfg)["test"]
+    own = common.Config(**shared_flags(cfg), samples=cfg.out)
+    codec = common.Codec(cfg.model, own)
+    model = common.load_model(cfg.model, common.compute_dtype(own))
+    drawn = []  # 16 replies to every prompt
+    for seed in range(16):
+        replies = common.sample(model, [codec.prompt(prompt) for prompt in prompts], own,
+                                2_000_003 + seed, codec.stop_ids, common.Cost(), 1.0)
+        gold = sentiment([], [codec.decode(reply) for reply in replies])
+        drawn.append([{"prompt": prompt, "gold": score, "tokens": len(reply.ids),
+                       "base_log_prob": sum(reply.log_probs)}
+                      for prompt, reply, score in zip(prompts, replies, gold)])
+    rows = []
+    for name, n in ("base", 1), ("best of 4", 4), ("best of 16", 16):
+        best = [max(each, key=lambda reply: reply["gold"]) for each in zip(*drawn[:n])]
+        rows.append({**Cell("test", name, 0, 0.0)._asdict(), **machine(), **summary(best)})
+    return rows
+
+
 def finished(cfg: Config) -> list[dict]:
     """The rows of rows.jsonl."""
     return read_rows(Path(cfg.out, "rows.jsonl"))
@@ -262,12 +284,9 @@ def measure(cfg: Config) -> None:
     steps, rates = (1, RATES[-1:]) if cfg.mini else (TUNING_STEPS, RATES)
     run([Cell("tuning", method, steps, lr)
          for method in dict.fromkeys(map(tuned_as, cfg.methods)) for lr in rates], cfg)
-    cells = cells_to_train(cfg)
-    run(cells, cfg)
-    if not any(row["method"] == "base" for row in finished(cfg)):  # each script evaluates it, too
-        replies = read_rows(cells[0].folder(cfg) / "evaluation" / "base.jsonl")
-        append_rows(Path(cfg.out, "rows.jsonl"), [
-            {**Cell("test", "base", 0, 0.0)._asdict(), **machine(), **summary(replies)}])
+    run(cells_to_train(cfg), cfg)
+    if not any(row["method"] == "base" for row in finished(cfg)):
+        append_rows(Path(cfg.out, "rows.jsonl"), best_of_n(cfg))
 
 
 def main(cfg: Config) -> None:
