@@ -151,15 +151,15 @@ def make_run(folder):
                           "--steps", "8", "--samples_per_prompt", "1", "--target", "-1", "0", "q99")
 
 
-BENCHMARKS = ["compare", "crossover", "random_walks", "one_pair"]
+BENCHMARKS = ["compare", "crossover", "random_walks", "speed", "one_pair"]
 if importlib.util.find_spec("vaderSentiment"):
     BENCHMARKS += ["real_model"]
 
 
 def make_miniatures(folder):
-    """Each benchmark's process, which has ended; the first two share their toy world."""
+    """Each benchmark's process, which has ended; two share their toy world."""
     return {name: Ranks(f"benchmarks/{name}", "--mini", "--out",
-                        folder / ("toy" if name in BENCHMARKS[:2] else name)).end()
+                        folder / ("toy" if name in ("compare", "crossover") else name)).end()
             for name in BENCHMARKS}
 
 
@@ -271,12 +271,8 @@ def logits_of(model, micro):
                       for ids in micro.input_ids.split(micro.lengths)])
 
 
-def nll_of(model, micro, kernel=mle_filter.masked_nll_, *columns):
-    return common.Policy(model, config())(micro, kernel, *columns)
-
-
 def plain_nll_of(model, micro):
-    """The same by the model's own logits and plain autograd."""
+    """A micro-batch's loss by the model's own logits and plain autograd."""
     return torch.nn.functional.cross_entropy(logits_of(model, micro)[micro.rows], micro.targets,
                                              reduction="sum")
 
@@ -378,7 +374,7 @@ def test_policy_gradient_equals_plain_autograd_to_1e_6(tied):
         seen.extend(targets.tolist())
         return mle_filter.masked_nll_(logits, targets)
     micro = common.collate(rows)
-    ours = nll_of(model, micro, watched_)
+    ours = common.Policy(model, config())(micro, watched_)
     ours.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -821,22 +817,17 @@ def test_replies_come_back_from_decode_and_end_at_a_whole_character(tmp_path):
     assert set(map(text.startswith, said)) == {True} and said[-1] == text, "cut by the token limit"
 
 
-def trained_dt(tmp_path, tokenizer):
-    """A DT policy of one step: its folder, the base policy's codec, run.json's entries."""
-    base, folder = folder_of(tmp_path / "base", tokenizer), tmp_path / "dt"
-    cfg = ROOMY(dt, steps=1, batch_size=4, eval_prompts=0, reward_format="decimal", target=["2.0"],
-                max_response_tokens=8, out=str(tmp_path))
-    folder.mkdir()
-    codec = Codec(base, cfg)
-    rows = samples_of(codec, [0.0, 1.0, 2.0, 5.0])
-    return folder, codec, dt.train(cfg, Stage(base, {}), rows, folder, Cost())
-
-
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "{% if true %}\n{% endif %}\n", "  "])
 def test_a_dt_policy_is_asked_and_guided_by_stock_generate_as_its_card_says(tmp_path, end):
     """A chat template writes what training wrote, whatever its end: Jinja drops a last newline."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder, codec, record = trained_dt(tmp_path, byte_level(TEMPLATES["chatml"] + end))
+    base = folder_of(tmp_path / "base", byte_level(TEMPLATES["chatml"] + end))
+    folder = tmp_path / "dt"
+    cfg = ROOMY(dt, steps=1, batch_size=4, reward_format="decimal", target=["2.0"],
+                max_response_tokens=8, out=str(tmp_path))
+    folder.mkdir()
+    codec = Codec(base, cfg)
+    record = dt.train(cfg, Stage(base, {}), samples_of(codec, [0, 1, 2, 5]), folder, Cost())
     assert record["reward_tag"] == " <rm_score>: 2.00 "
     assert "guidance_scale=1 + g" in Path(folder, "README.md").read_text()
     tokenizer, before = map(AutoTokenizer.from_pretrained, (folder, codec.folder))
@@ -876,12 +867,10 @@ def test_reward_model_scores_alike_through_transformers_in_any_batch_with_any_pa
     assert ended != broken and tokenizer.pad_token_id == model.config.pad_token_id
 
 
-# ---------------------------------------------------------------------------------------- sampler
-
-def sampled(model, prompts, seed=3, stop=(0,), temperature=1.0, most=12, **more):
-    """Responses to prompts, twelve tokens at most."""
-    return common.sample(model, prompts, config(max_response_tokens=most), seed, list(stop), Cost(),
-                         temperature, **more)
+def greedy(model, prompts, stop=(0,), **more):
+    """The most likely responses to prompts, twelve tokens at most."""
+    return common.sample(model, prompts, config(max_response_tokens=12), 0, list(stop), Cost(), 0.0,
+                         **more)
 
 
 # ---------------------------------------------------------------------- other people's models: zoo
@@ -929,7 +918,8 @@ def zoo_configs():
 
 ZOO = dict.fromkeys(["llama", "qwen3", "gemma3", "gpt2", "mixtral", "granite", "opt",
                      "gemma3_multimodal"])
-ZOO |= {"gemma2": "takes softcap", "gpt_oss": "takes s_aux", "lfm2": "layers of conv"}  # why padded
+ZOO |= {"gemma2": "takes softcap", "gpt_oss": "takes s_aux",  # padded, for these reasons
+        "lfm2": "layers of conv"}
 
 
 @functools.cache
@@ -998,16 +988,16 @@ def test_greedy_samples_and_log_probs_are_those_of_each_prompt_alone(name, monke
         return said[0, len(prompt):].tolist()
     if ZOO[name]:
         with pytest.raises(BadInput, match="give --guidance 0"):
-            sampled(model, prompts, unconditional=prompts, guidance=1.5)
+            greedy(model, prompts, unconditional=prompts, guidance=1.5)
     free = [generated(prompt, [ZOO_V]) for prompt in prompts]
     stop = [free[2][4], free[3][-1]]  # ends rows at different steps
-    greedy = sampled(model, [*prompts, prompts[2]], stop=stop, temperature=0.0)
-    for prompt, response in zip(prompts, greedy):
+    responses = greedy(model, [*prompts, prompts[2]], stop)
+    for prompt, response in zip(prompts, responses):
         assert response.ids == generated(prompt, stop)
         assert response.truncated == (response.ids[-1] not in stop)
-    assert greedy[-1].ids == greedy[2].ids and not greedy[2].truncated
-    rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, greedy)]
-    for row, response, log_probs in zip(rows, greedy, log_probs_of(model, rows, config())):
+    assert responses[-1].ids == responses[2].ids and not responses[2].truncated
+    rows = [example(p + r.ids, len(p)) for p, r in zip(prompts, responses)]
+    for row, response, log_probs in zip(rows, responses, log_probs_of(model, rows, config())):
         micro = common.collate([row])
         with torch.no_grad():
             expected = logits_of(own, micro)[micro.rows].log_softmax(-1)
@@ -1437,9 +1427,9 @@ def test_finished_stages_of_other_settings_are_refused_and_nothing_is_trained_or
     (model / "README.md").write_text("changed")
     said = launched(mle_filter, [*flags, "--eval_temperature", "0"], capsys)
     assert said.count("from before") == 2
-    said = launched(dt, [*flags, "--reward_model", out / "rm", "--lr", "1e-4"], capsys)
+    said = launched(dt, [*flags, "--lr", "1e-4"], capsys)
     assert "dt: trained anew, because lr was 1e-05, now 0.0001" in said
-    assert "samples.jsonl, from before" in said, "OUT/rm is the run's own"
+    assert "samples.jsonl, from before" in said
     after = contents(out)
     assert all(after[path] == file for path, file in before.items()
                if path.parts[0] in ("rm", "samples.jsonl", ".samples.json"))
@@ -1670,10 +1660,6 @@ def road(run, out, *more):
             "--batch_size", "8", "--lr", "1e-3", "--eval_prompts", "0", *more]
 
 
-CURVE = ("loss", "grad_norm", "tokens", "score", "kl", "value_loss", "entropy",
-         "explained_variance")
-
-
 def ppo_road(run, out, *more):
     return road(run, out, "--steps", "6", "--batch_size", "4", "--rollout_batch_size", "8", "--lr",
                 "1e-4", "--ppo_epochs", "2", "--max_response_tokens", "8", *more)
@@ -1695,8 +1681,9 @@ def test_torchrun_trains_under_fsdp_to_the_same_curve_as_one_process(two_ranks, 
     """Same order of the data, same draws, whatever the ranks' hash seeds: only float error lies
     between."""
     forked("ppo_baseline", *ppo_road(run, tmp_path))
-    curves = [[[line[k] for k in CURVE if k in line] for line in lines_of(
-        folder / "ppo" / "metrics.jsonl")] for folder in (two_ranks, tmp_path)]
+    names = ("loss", "grad_norm", "tokens", "score", "kl", "value_loss", "entropy")
+    curves = [[[line[name] for name in names] for line in result(folder / "ppo")[1]]
+              for folder in (two_ranks, tmp_path)]
     np.testing.assert_allclose(*curves, rtol=2e-3, atol=2e-4)
     np.testing.assert_allclose(curves[0][0], curves[1][0], rtol=1e-4, atol=1e-5)
 
@@ -1705,13 +1692,10 @@ def test_torchrun_trains_under_fsdp_to_the_same_curve_as_one_process(two_ranks, 
 
 
 def result(folder):
-    """A finished training, but for the clock: the bytes of the weights, the lines of
-    metrics.jsonl."""
-    clocks = ("seconds", "rollout_s", "score_s", "log_probs_s", "update_s", "generation_share",
-              "rollout_tokens_per_second")
+    """A finished training: the bytes of its weights, and the lines of metrics.jsonl, but for the
+    clock."""
     return (folder / "model.safetensors").read_bytes(), [
-        {k: v for k, v in line.items() if k not in clocks}
-        for line in lines_of(folder / "metrics.jsonl")]
+        {**line, "seconds": None} for line in lines_of(folder / "metrics.jsonl")]
 
 
 KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 python -m pytest test_all.py -k killed: more
@@ -1749,7 +1733,7 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(run
     assert result(tmp_path / "broken" / "dt") == result(tmp_path / "whole" / "dt")
 
 
-def test_ppo_on_several_ranks_does_too(two_ranks, run, tmp_path):
+def test_ppo_killed_on_several_ranks_does_so_too(two_ranks, run, tmp_path):
     start = functools.partial(Ranks, "ppo_baseline", *ppo_road(
         run, tmp_path, "--sharding", "fsdp", "--save_every", "1"), ranks=2)
     killed_at_random_moments(start, tmp_path / ".ppo" / "metrics.jsonl", 2, 1)
