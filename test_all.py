@@ -1525,8 +1525,7 @@ def test_a_stage_that_ends_at_any_moment_is_built_by_the_next_command(tmp_path, 
 # ----------------------------------------------------------------------------- gradients of ranks
 
 UNEVEN = [*examples(6), example([5, 6, 7], 3)]  # the last has no response token
-CASES = [(name, sharding, tokens, rows) for name in ("mle_filter", "rwr", "ppo_baseline",
-                                                     "reward_model")
+CASES = [(name, sharding, tokens, rows) for name in ("mle_filter", "rwr", "ppo_baseline")
          for sharding, tokens, rows in (("ddp", 20, 7), ("fsdp, recomputed", 20, 7),
                                         ("fsdp", 10**6, 2))]
 CASES += [("vision", "ddp", 10**6, 7)]
@@ -1539,34 +1538,22 @@ def step_gradient(folder, name, sharding, tokens, rows):
                  gradient_checkpointing="recomputed" in sharding)
     policy = str(folder / ("vision" if name == "vision" else "policy"))
     examples = [e._replace(weight=1.0 + i * (name == "rwr")) for i, e in enumerate(UNEVEN[-rows:])]
-    if name in ("ppo_baseline", "reward_model"):
+    if name == "ppo_baseline":
         classifier = common.load_for_training(functools.partial(
             reward_model.load_classifier, str(folder / "rewards"), torch.float32), cfg)
-        module = critic = reward_model.RewardModel(classifier, cfg)
-    if name == "ppo_baseline":
+        critic = reward_model.RewardModel(classifier, cfg)
         model = common.load_for_training(functools.partial(common.load_model, policy), cfg)
         actor = ppo_baseline.ActorCritic(model, critic, 1.0, 1.0, cfg)
         module = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
         rollout, old, base, _, z = rollout_of(range(2, 2 + rows))
         values = common.each_response_token(actor.values, classifier, rollout, cfg, Cost())
         examples, _ = ppo_baseline.prepare(rollout, old, base, values, z, cfg)
-    elif name == "reward_model":
-        module = common.wrap_for_ranks(module, cfg)
-        ids = [ids for i, e in enumerate(UNEVEN[-rows:])
-               for ids in (e.ids, np.append(e.ids[:3], [4] * i))]
-        read = common.Tokens(folder / "tokens", lambda: ((row, row > 0) for row in ids))
     else:
         module = common.load_policy(policy, cfg)
     batch = common.Batch(examples, cfg, padded=False)
-    micros = batch.micros
-    if name == "reward_model":
-        micros = reward_model.micro_batches(read, np.arange(rows), False, cfg)
-    for micro in micros:
-        module.require_backward_grad_sync = micro is micros[-1]
-        if name == "reward_model":
-            scores = reward_model.read_scores(module, micro[0], Cost()).view(-1, 2)
-            loss = reward_model.bradley_terry(scores[:, 0], scores[:, 1]) @ micro[1]
-        elif name == "ppo_baseline":
+    for micro in batch.micros:
+        module.require_backward_grad_sync = micro is batch.micros[-1]
+        if name == "ppo_baseline":
             surrogate, value_loss = module(micro, surrogate_kernel(), cfg.clip)
             loss = (surrogate + 0.1 * value_loss) / batch.normaliser
         else:
@@ -1612,8 +1599,7 @@ def make_gradients(folder):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradient_is_the_same_under_real_ranks(gradients, case):
-    """Of every algorithm, DDP or FSDP2, whatever the micro-batches, also with fewer sequences
-    than ranks, and of a model whose vision tower gets no gradient."""
+    """DDP or FSDP2, whatever the micro-batches, fewer sequences than ranks, a vision tower."""
     name, _, _, rows = case
     one, three = gradients
     whole = one[str((name, "ddp", 10**6, rows))]
@@ -1686,6 +1672,23 @@ def test_torchrun_trains_under_fsdp_to_the_same_curve_as_one_process(two_ranks, 
               for folder in (two_ranks, tmp_path)]
     np.testing.assert_allclose(*curves, rtol=2e-3, atol=2e-4)
     np.testing.assert_allclose(curves[0][0], curves[1][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mle_filter", "rwr", "dt", "reward_model"])
+def test_two_ranks_train_as_one_process_does(run, tmp_path, name):
+    """The script's own loop and normaliser, whatever the micro-batches."""
+    sharding = "fsdp" if name in ("dt", "reward_model") else "ddp"
+    curves = []
+    for ranks in (1, 2):
+        flags = road(run, tmp_path / str(ranks), "--steps", "2", "--micro_batch_tokens", "150",
+                     "--sharding", sharding)
+        if name == "reward_model":
+            pairs = (run[0] / "data" / "train.jsonl").read_text().splitlines()[:40]
+            flags[2:6] = ["--preferences", write(tmp_path / "pairs.jsonl", *pairs)]
+        forked(name, *flags, ranks=ranks)
+        folder, = (tmp_path / str(ranks)).glob("*/metrics.jsonl")
+        curves.append([[line["loss"], line["grad_norm"]] for line in lines_of(folder)])
+    np.testing.assert_allclose(*curves, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------- kills and resumes
