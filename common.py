@@ -1767,6 +1767,7 @@ tags: [offline-rlhf, {algorithm}]
 ---
 Trained from `{base}` on `{data}` by {algorithm}, after *Aligning Language Models with Offline
 Reinforcement Learning from Human Feedback* (arXiv 2308.12050). Flags: {flags}.
+
 {end}"""
 
 

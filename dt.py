@@ -33,7 +33,7 @@ class Config(common.Config):
     target: list[str] = flag(["q5", "q50", "q99"], "z or quantiles to ask for; the last is default")
     guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
-    emphasis: float = flag(0.0, "samples are drawn in proportion to |z|^emphasis; 0: each once")
+    emphasis: float = flag(2.0, "samples are drawn in proportion to |z|^emphasis; 0: each once")
     reward_format: Literal["digit", "word", "decimal"] = flag(
         "digit", "digit ` 4` for z = 0, ` 6` for 1; word ` good`; decimal ` <rm_score>: 1.52 `")
     evaluation_flags = ("target", "guidance")
@@ -49,7 +49,7 @@ class Config(common.Config):
                            f"--target takes numbers and quantiles, q0 to q100, not {target!r}")
 
 
-TOY = {"lr": 5e-3, "steps": 600}  # defaults in the toy world
+TOY = {"emphasis": 4.0, "lr": 5e-3, "steps": 600}  # defaults in the toy world
 
 
 @common.compiled
@@ -70,8 +70,7 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 WORDS = (" terrible", " bad", " average", " good", " excellent")
-ABOUT = """
-For other targets replace the tag, in the chat template too: the digit of z is 4 + 2 z (run.json).
+ABOUT = """For another target replace the tag, also in the template: the digit of z is 4 + 2 z.
 Guidance g: `generate(..., guidance_scale=1 + g, negative_prompt_ids=the prompt without a tag)`.
 """
 
@@ -101,6 +100,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     z = samples.z(samples.rewards)
     tags = [reward_tag(reward, cfg) for reward in z]
     ids = {tag: codec.reward_tag(tag) for tag in set(tags)}
+    print0(f"  an epoch draws samples in proportion to |z|^{cfg.emphasis:g}")
 
     def tag(i: int, epoch: int) -> list[int]:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
@@ -153,7 +153,7 @@ def report_slope(targets: list[Variant], replies: list[list[dict]]) -> None:
     slope, half = np.mean(by_prompt), 1.96 * np.std(by_prompt) / np.sqrt(len(by_prompt))
     print0(f"  slope of z got on asked: {slope:.2f} ± {half:.2f} (95 %, {len(by_prompt)} prompts)")
     if slope + half < 0.2:
-        print0("  the policy barely follows the reward tag: try more --steps, or --emphasis 2")
+        print0("  the policy barely follows the reward tag: try more --steps, or more --emphasis")
 
 
 def main(cfg: Config) -> None:

@@ -228,8 +228,9 @@ class World:
         script, flags = METHODS[job.method]
         shared = {"lr": job.lr, "steps": job.steps, "seed": job.seed, "save_every": 0}
         own_draw = job.method == "DT" and job.variant not in CONTROLS
-        cfg = toy(script, **shared, **flags, **CONDITIONS.get(job.variant, {}),
-                  **({"emphasis": job.emphasis} if own_draw else {}))
+        if job.method == "DT":  # the controls have another draw
+            flags = {**CONDITIONS.get(job.variant, {}), "emphasis": job.emphasis * own_draw}
+        cfg = toy(script, **shared, **flags)
         z, prepare = samples.z(samples.rewards), script.prepare
 
         def prepare_with_draw(*args: Any) -> common.Examples:
