@@ -267,7 +267,7 @@ def parse(config_class: type, args: Optional[list[str]] = None) -> Any:
     parser.add_argument("--config", help="YAML file of flags; the command line wins")
     parser.error = refuse
     args = sys.argv[1:] if args is None else args
-    typed = {arg.split("=")[0].removeprefix("--") for arg in args}
+    typed = {arg.split("=")[0][2:] for arg in args if arg.startswith("--")}
     file = parser.parse_known_args(args)[0].config
     in_file = yaml_flags(file) if file else {}
     if "epochs" in typed:  # --steps would win over it
@@ -450,9 +450,12 @@ def policy_stage(cfg: Config, algorithm: str, train: Callable, base: Stage, samp
                  **depends_on: Any) -> Stage:
     """The algorithm's policy, made by train(cfg, base, samples, folder, cost); it depends on the
     flags of data and training, on base policy and samples, and on `depends_on`."""
+    path = os.path.join(cfg.out, algorithm)
+    require(Path(base.path).resolve() != Path(path).resolve(),
+            f"--model {base.path}: this run's policy would replace it; give another --out")
     settings = {**data_settings(cfg), **cfg.training_flags(), "base": base.fingerprint,
                 "samples": samples.fingerprint, **depends_on}
-    return Stage(os.path.join(cfg.out, algorithm), settings, shared=False,
+    return Stage(path, settings, shared=False,
                  make=lambda folder, cost: train(cfg, base, samples.load(), folder, cost))
 
 
@@ -481,7 +484,8 @@ def content_hash(source: Optional[str], patterns: tuple[str, ...] = DATA_FILES) 
     files = [root]
     if not root.is_file():
         paths = itertools.chain(*(root.glob(pattern) for pattern in patterns))
-        files = sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+        files = sorted(path for path in paths
+                       if path.is_file() and not is_hidden(path.relative_to(root)))
     digest = hashlib.sha256()
     if rank() == 0:
         for path in files:
@@ -894,8 +898,9 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
                 f"{source}: no such file, folder or Hub data set")
         yield from read_with_datasets(source, "", hub[1], data_dir=hub[2])
         return
-    files = sorted(path.rglob("[!.]*")) if path.is_dir() else [path]
-    files = [file for file in files if DATA_FILE.fullmatch(file.name)]
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    files = [file for file in files if DATA_FILE.fullmatch(file.name)
+             and not is_hidden(file.relative_to(path))]
     require(files, f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
     for file in files:
         part = str(file.relative_to(path)) if path.is_dir() else file.name
@@ -906,10 +911,16 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
         elif extension == "csv":  # not by datasets, to which "None" and "N/A" are no text
             with open(file, encoding="utf-8-sig", newline="") as rows:
                 for number, row in enumerate(csv.DictReader(rows), 1):
+                    require(None not in row, f"{file}, row {number}: more cells than columns")
                     cells = {name: cell or None for name, cell in row.items() if name}
                     yield part, f"{file}, row {number}", cells
         else:
             yield from read_with_datasets(str(file), part, extension, data_files=str(file))
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether the path leads through a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -921,6 +932,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
+                if b"\\u" in line:
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate is no text
             except ValueError as problem:
                 raise BadInput(f"{where}: not JSON in UTF-8 ({problem})") from problem
             require(isinstance(row, dict), f"{where}: not a JSON object")
@@ -1061,7 +1074,7 @@ def read_data(cfg: Config, base: Stage) -> Data:
     order = random.Random(cfg.seed)
     order.shuffle(train)
     order.shuffle(test)
-    prompts = distinct_prompts(train_samples or train)
+    prompts = distinct_prompts(train_samples if cfg.samples else train)
     held_out = distinct_prompts(test + test_samples)
     require(prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
     require(held_out or not cfg.eval_prompts, "too few prompts to hold any out: give more data, a "
@@ -1542,7 +1555,8 @@ def check_linear_head(name: str, model: Any) -> None:
     ids = probe_ids(model, 8)
     ours = logits_of(model, hidden_states(model, ids, [8]))
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
-    require(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max())),
+    size = float(theirs.abs().max())
+    require(math.isfinite(size) and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * size),
             f"{name}: its logits are not hidden states times head, which the fused loss needs, or "
             "not finite")
 
@@ -2386,13 +2400,13 @@ def load_function(spec: str) -> Callable:
     def score(prompts: list, responses: list, truncated: list, cost: Cost,
               generated: Any = None) -> list[float]:
         own = range(rank(), len(prompts), world_size())
-        columns = [prompts, responses, truncated] if takes_truncated else [prompts, responses]
-        columns = [[column[i] for i in own] for column in columns]
-        columns[0] = copy.deepcopy(columns[0])  # the function may change the messages
+        asked = copy.deepcopy([prompts[i] for i in own])  # the function may change the messages
+        more = {"truncated": [truncated[i] for i in own]} if takes_truncated else {}
         try:
-            scores = function(*columns) if own else []
+            scores = function(asked, [responses[i] for i in own], **more) if own else []
         except OSError as problem:  # launch() would print it without its traceback
             raise RuntimeError(f"{spec} failed") from problem
+        scores = scores.tolist() if hasattr(scores, "tolist") else scores  # a tensor's, too
         scores = np.asarray(scores, dtype=object)
         wanted = f"{spec}: must return as many finite numbers as responses"
         require(scores.shape == (len(own),), wanted)

@@ -70,7 +70,7 @@ def masked_nll_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 WORDS = (" terrible", " bad", " average", " good", " excellent")
-ABOUT = """For another target replace the tag, also in the template: the digit of z is 4 + 2 z.
+ABOUT = """Prompts end with the tag `{}`, by a chat template or by hand; others: dt.py, reward_tag.
 Guidance g: `generate(..., guidance_scale=1 + g, negative_prompt_ids=the prompt without a tag)`.
 """
 
@@ -139,7 +139,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
             optimizer.zero_grad()
             run.log(step, loss=loss, grad_norm=grad_norm, lr=lr, tokens=batch.tokens)
     default = ask_for(cfg.target[-1], samples, codec, cfg)
-    common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT)
+    common.save_policy(folder, policy, codec, cfg, default.tag, ABOUT.format(default.tag))
     return {"reward_tag": default.tag, "target": default.target,  # for run.json
             "mean": float(samples.rewards.mean()), "std": float(samples.rewards.std())}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
 
@@ -193,8 +193,10 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
     """A reward model's score(prompts, responses, truncated, cost, generated)."""
     model = load_classifier(folder, common.compute_dtype(cfg), common.device())
     codec = common.Codec(folder, cfg)
-    scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
     base = common.Codec(cfg.model or folder, cfg)
+    if not base.tokenizer.get_vocab().items() <= codec.tokenizer.get_vocab().items():
+        codec.cfg = replace(cfg, max_prompt_tokens=2**31, max_response_tokens=2**31)  # the base's
+    scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
     if codec.tokenizer.chat_template != base.tokenizer.chat_template:  # its own renders all replies
         return lambda *columns, generated=None: scorer(*columns)
     return scorer
