@@ -33,7 +33,7 @@ class Config(common.Config):
     target: list[str] = flag(["q5", "q50", "q99"], "z or quantiles to ask for; the last is default")
     guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
-    emphasis: float = flag(2.0, "samples are drawn in proportion to |z|^emphasis; 0: each once")
+    emphasis: float = flag(4.0, "draws samples in proportion to 1 + |z|^emphasis; 0: each once")
     reward_format: Literal["digit", "word", "decimal"] = flag(
         "digit", "digit ` 4` for z = 0, ` 6` for 1; word ` good`; decimal ` <rm_score>: 1.52 `")
     evaluation_flags = ("target", "guidance")
@@ -49,7 +49,7 @@ class Config(common.Config):
                            f"--target takes numbers and quantiles, q0 to q100, not {target!r}")
 
 
-TOY = {"emphasis": 4.0, "lr": 5e-3, "steps": 600}  # defaults in the toy world
+TOY = {"lr": 5e-3, "steps": 600}  # defaults in the toy world
 
 
 @common.compiled
@@ -100,7 +100,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     z = samples.z(samples.rewards)
     tags = [reward_tag(reward, cfg) for reward in z]
     ids = {tag: codec.reward_tag(tag) for tag in set(tags)}
-    print0(f"  an epoch draws samples in proportion to |z|^{cfg.emphasis:g}")
+    print0(f"  an epoch draws samples in proportion to 1 + |z|^{cfg.emphasis:g}")
 
     def tag(i: int, epoch: int) -> list[int]:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
@@ -108,7 +108,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
         return [] if rng.random() < cfg.condition_dropout else ids[tags[i]]
 
     def draw(epoch: int) -> np.ndarray:
-        chance = np.abs(z) ** cfg.emphasis  # tags near the mean say little, and most are there
+        chance = 1 + np.abs(z) ** cfg.emphasis  # tags near the mean say little; most are there
         rng = np.random.default_rng((cfg.seed, epoch, 1))
         return rng.choice(len(z), len(z), p=chance / chance.sum())
     return Examples(samples.tokens, tag=tag, draw=draw if cfg.emphasis else None)

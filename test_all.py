@@ -557,7 +557,7 @@ def test_dt_emphasis_draws_samples_in_proportion_to_their_distance_from_the_mean
     rows = dt.prepare(samples, codec, config(dt, emphasis=2.0))
     drawn = np.array([rows.draw(epoch) for epoch in range(20)])                     # (20, 100)
     assert (drawn[3] == rows.draw(3)).all() and (drawn[3] != drawn[4]).any()
-    chance = samples.z(samples.rewards) ** 2 / 100
+    chance = (1 + samples.z(samples.rewards) ** 2) / 200
     assert np.isin(drawn, np.r_[0:9, 90:100]).mean() == pytest.approx(
         chance[[*range(9), *range(90, 100)]].sum(), abs=0.02)
     assert dt.prepare(samples, codec, config(dt, emphasis=0.0)).draw is None, "each once"

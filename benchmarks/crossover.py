@@ -1,8 +1,8 @@
 """When does conditioning win, and do extreme rewards, drawn more often, bring it forward?
 
 The toy world's methods against optimiser steps; DT with --emphasis P, which draws a sample in
-proportion to |z|^P, against DT without; filtering and RWR with the same draw; then few samples,
-noisy labels, no dropped tags, the paper's long tag, and two controls.
+proportion to 1 + |z|^P, against DT without; filtering and RWR with the same draw; then few samples,
+noisy labels, no dropped tags, the paper's long tag, and three controls.
 
     python benchmarks/crossover.py --tune             # learning rates and P, on seeds 100 and 101
     python benchmarks/crossover.py --seeds 0 2 4 6 8  # what matters most comes first; on another
@@ -20,10 +20,10 @@ Finished cells are appended to results.jsonl in --out and not run again: the sam
   with few samples and with the most noise, and takes the highest mean gold (DT's at q99).  Other
   cells take the nearest one's; without tuned.json all are the scripts' defaults.
 - P: of 1, 2 and 4 the one whose DT has the highest gold at q99, averaged over the step counts of
-  --tune, each P at its own best rates.  Controls are then tuned with it, too; filtering and RWR
-  with the same draw take the rates that they have without.
-- Controls: `loss weights` draws each sample once and multiplies its loss by |z|^P, of mean 1;
-  `upper half` draws in proportion to max(z, 0)^P: never a sample below the mean.
+  --tune, each P at its own best rates, drawn in proportion to |z|^P (`no floor`).  Filtering and
+  RWR with the draw take the rates that they have without, other controls DT's.
+- Controls: `no floor` draws in proportion to |z|^P, `upper half` to 1 + max(z, 0)^P; `loss weights`
+  draws each sample once and multiplies its loss by 1 + |z|^P, of mean 1.
 - Slope: least squares of the mean score got on the z asked for, both in the labels' z, over the
   targets q5, q50, q95 and q99.  With noise of sd s even a perfect reader has 1 / (1 + s^2).
 """
@@ -94,7 +94,7 @@ QUANTILES = ("q5", "q50", "q95", "q99")                             # the slope 
 LEVELS = ("-2", "-1.5", "-1", "-0.5", "0", "0.5", "1", "1.5", "2")  # nine targets, a digit each
 METHODS = {"DT": (dt, {}), "filter 0.05": (mle_filter, {"keep": 0.05}),
            "filter 0.2": (mle_filter, {"keep": 0.2}), "RWR": (rwr, {})}
-CONTROLS = ("loss weights", "upper half")
+CONTROLS = ("no floor", "upper half", "loss weights")
 CONDITIONS = {"no dropout": {"condition_dropout": 0.0, "guidance": [0.0]},
               "long tag": {"reward_format": "decimal"}}  # flags of DT
 
@@ -121,8 +121,8 @@ def plan(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
     jobs = [Job("base", 0, at)]
     jobs += [Job("DT", steps, at, e) for steps in first for e in both]
     jobs += [Job(rival, steps, at) for steps in first for rival in RIVALS]
-    jobs += [Job("DT", steps, at, both[1], control) for steps in few for control in CONTROLS]
-    side = [Job("DT", steps, at, e) for steps in last for e in both]
+    side = [Job("DT", steps, at, both[1], control) for steps in few for control in CONTROLS]
+    side += [Job("DT", steps, at, e) for steps in last for e in both]
     side += [Job(rival, steps, at) for steps in last for rival in RIVALS]
     for samples, noise in [(size.few_samples, 0.0), *((at, noise) for noise in size.noise)]:
         side += [Job("DT", steps, samples, e, "", noise) for steps in few for e in both]
@@ -142,12 +142,10 @@ def plan_tuning(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
     hard = [(size.tuned_steps[-1], size.few_samples, 0.0),
             (size.tuned_steps[-1], size.samples, size.noise[-1])]
     plain = [("DT", 0.0, ""), *((rival, 0.0, "") for rival in RIVALS)]
-    drawn = [("DT", e, "") for e in EMPHASES[1:]]
+    drawn = [("DT", e, "no floor") for e in EMPHASES[1:]]
     cells = [*product(places, plain + drawn), *product(hard, plain)]
     if "emphasis" in tuned:
-        p = tuned["emphasis"]
-        cells += [*product(places, [("DT", p, control) for control in CONTROLS]),
-                  *product(hard, [("DT", p, "")])]
+        cells += product(places, [("DT", tuned["emphasis"], "")])
     return [Job(method, steps, samples, emphasis, variant, noise, seed, lr)
             for (steps, samples, noise), (method, emphasis, variant) in cells
             for lr in size.lrs for seed in seeds]
@@ -156,7 +154,8 @@ def plan_tuning(seeds: list[int], size: Sizes, tuned: dict) -> list[Job]:
 def learning_rate(job: Job, tuned: dict) -> float:
     """The tuned one of the method's nearest cell; the script's default where there is none."""
     def distance(cell: Job) -> float:
-        return (100 * (cell.variant != job.variant) + 10 * (cell.emphasis != job.emphasis)
+        return (100 * (cell.variant not in ("", job.variant)) + 50 * (cell.variant != job.variant)
+                + 10 * (cell.emphasis != job.emphasis)
                 + abs(math.log(cell.steps / job.steps)) + abs(math.log(cell.samples / job.samples))
                 + abs(math.log((1 + cell.noise) / (1 + job.noise))))
     if job.method == "base":
@@ -178,8 +177,8 @@ def choose(rows: list[dict], size: Sizes) -> dict:
             print(*cell[:6], {lr: round(mean, 2) for lr, mean in tried.items()})
             cells.append(cell._replace(lr=max(tried, key=tried.get)))
             gold[cell] = max(tried.values())
-    by_emphasis = {e: [gold.get(Job("DT", steps, size.samples, e)) for steps in size.tuned_steps]
-                   for e in EMPHASES}
+    by_emphasis = {e: [gold.get(Job("DT", steps, size.samples, e, "no floor" if e else ""))
+                       for steps in size.tuned_steps] for e in EMPHASES}
     print("gold at q99 at each step count, by P:", by_emphasis)
     if None in sum(by_emphasis.values(), []):
         return {"cells": cells}
@@ -237,7 +236,7 @@ class World:
             examples = prepare(*args)
             kept = z[examples.indices]
             size = np.maximum(kept, 0) if job.variant == "upper half" else np.abs(kept)
-            chance = size ** job.emphasis
+            chance = size ** job.emphasis + (job.variant != "no floor")
             if job.emphasis:  # as dt.py draws with --emphasis
                 examples.draw = lambda epoch: np.random.default_rng((job.seed, epoch, 1)).choice(
                     len(chance), len(chance), p=chance / chance.sum())
@@ -245,7 +244,7 @@ class World:
         if own_draw:
             script.train(cfg, self.base, samples, folder, Cost())
         elif job.variant == "loss weights":  # RWR's loop with DT's tags
-            examples, weight = dt.prepare(samples, self.codec, cfg), np.abs(z) ** job.emphasis
+            examples, weight = dt.prepare(samples, self.codec, cfg), 1 + np.abs(z) ** job.emphasis
             examples.weight = weight / weight.mean()
             with mock.patch.object(rwr, "prepare", lambda *_: examples):
                 rwr.train(toy(rwr, **shared), self.base, samples, folder, Cost())
