@@ -16,7 +16,7 @@ Finished cells are appended to results.jsonl in --out and not run again: the sam
 - Samples: so many of the scripts' own labelled samples, in an order of their own.
 - Noise: a Gaussian of so many standard deviations is added to the reward model's scores; `right` is
   the share of neighbouring samples that the labels order as gold does.
-- Learning rates: --tune tries each for every method at three step counts, and at the last of them
+- Learning rates: --tune tries each for every method at four step counts, and at the last of them
   with few samples and with the most noise, and takes the highest mean gold (DT's at q99).  Other
   cells take the nearest one's; without tuned.json all are the scripts' defaults.
 - P: of 1, 2 and 4 the one whose DT has the highest gold at q99, averaged over the step counts of
@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
     steps: tuple = (20, 60, 120, 200, 600, 2000)
     few_steps: tuple = (120, 600)     # under other conditions than the main ones
     few_rivals: tuple = RIVALS        # under the same
-    tuned_steps: tuple = (60, 200, 600)
+    tuned_steps: tuple = (60, 120, 200, 600)
     samples: int = 10_000
     few_samples: int = 1_000
     noise: tuple = (1.0, 2.5)         # sd: labels right on .70 and .60 of pairs
