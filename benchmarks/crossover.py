@@ -338,15 +338,16 @@ def paired(one: dict[int, float], other: dict[int, float]) -> str:
 
 
 def table(rows: list[dict], columns: dict[Any, dict], minus: Optional[dict] = None) -> str:
-    """Markdown: each of LINES under each column's conditions, and guided DT's lead over the rivals;
-    with `minus` the differences from what it is under those and `minus`."""
+    """Markdown: each of LINES under each column's conditions, and guided DT's lead over the rivals
+    without the draw; with `minus` the differences from what it is under those and `minus`."""
     lines = []
     for label, (method, value) in LINES.items():
         line, lead = {"": label}, {"": f"guided DT − {method}"}
         for head, where in columns.items():
             values = by_seed(rows, value, method=method, **where)
             line[head] = shown(values.values())
-            lead[head] = paired(by_seed(rows, "gold guided", method="DT", **where), values)
+            lead[head] = paired(by_seed(rows, "gold guided", method="DT", **where), by_seed(
+                rows, value, method=method, **{**where, "emphasis": 0.0}))
             if minus:
                 before = by_seed(rows, value, method=method, **{**where, **minus})
                 line[head] = paired(values, before)
