@@ -889,8 +889,8 @@ DATA_FILE = re.compile(r".+\.(jsonl|jsonl\.gz|json|parquet|csv)")
 
 
 def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
-    """(file or split, "file, line 7", row) of a file, a folder or a Hub data set: .jsonl and
-    .jsonl.gz are read here, all else by the optional package `datasets`."""
+    """(file or split, "file, line 7", row) of a file, a folder or a Hub data set: .jsonl,
+    .jsonl.gz and .csv are read here, all else by the optional package `datasets`."""
     path = Path(source)
     if not path.exists():
         hub = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/(.+))?", source)

@@ -6,8 +6,8 @@
 i runs over the responses of a step's batch, all ranks together, and t over a response's tokens;
 z is the reward in standard deviations from the samples' mean.
 
-A tag after the prompt says z; guidance g needs some examples without it.  (Hu et al. 2023, arXiv
-2308.12050; Chen et al. 2021, 2106.01345; guidance: 2207.12598.)  Left out: a return at each token.
+A tag after the prompt says z; extreme z are drawn more often; guidance needs some without a tag.
+(Hu et al. 2023, arXiv 2308.12050; Chen et al., 2106.01345; 2207.12598.)  Left out: returns-to-go.
 
     python dt.py                                               the toy world, one CPU
     torchrun --nproc_per_node=8 dt.py --model MODEL --preferences PAIRS --out runs/mine
@@ -100,7 +100,6 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
     z = samples.z(samples.rewards)
     tags = [reward_tag(reward, cfg) for reward in z]
     ids = {tag: codec.reward_tag(tag) for tag in set(tags)}
-    print0(f"  an epoch draws samples in proportion to 1 + |z|^{cfg.emphasis:g}")
 
     def tag(i: int, epoch: int) -> list[int]:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
@@ -109,6 +108,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
 
     def draw(epoch: int) -> np.ndarray:
         chance = 1 + np.abs(z) ** cfg.emphasis  # tags near the mean say little; most are there
+        common.print_once(f"  samples drawn in proportion to 1 + |z|^{cfg.emphasis:g}")
         rng = np.random.default_rng((cfg.seed, epoch, 1))
         return rng.choice(len(z), len(z), p=chance / chance.sum())
     return Examples(samples.tokens, tag=tag, draw=draw if cfg.emphasis else None)

@@ -1,7 +1,7 @@
 """Proximal policy optimisation: sample, score, make what scored above expectation more likely.
 
     reward     r_t = -beta (log pi_old - log pi_base)(y_t | x, y_<t), plus z at the last token
-    advantage  A_t = sum_k lambda^k delta_{t+k},  delta_t = r_t + V(s_{t+1}) - V(s_t)
+    advantage  A_t = sum_k lambda^k delta_{t+k}, whitened;  delta_t = r_t + V(s_{t+1}) - V(s_t)
     loss       L = - sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) / tokens,
                rho_t = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t), plus the critic's squared error
 
