@@ -118,8 +118,8 @@ def progress(items: Optional[Iterable], what: str, **options: Any) -> tqdm:
 
 
 def launch(main: Callable, config_class: type, args: Optional[list[str]] = None) -> None:
-    """Runs main(cfg) in a process group, cfg from the command line.  Bad input and
-    errors of the operating system end in one sentence and status 2, Ctrl-C in 130."""
+    """Runs main(cfg) in a process group, cfg from the command line.  Bad input and errors of the
+    operating system end in one sentence and status 2, Ctrl-C in 130."""
     try:
         cfg = parse(config_class, args)
         quieten_libraries()
@@ -203,7 +203,7 @@ class Config:
     seed: int = flag(0, "random seed")
     lr: float = flag(1e-5, "peak learning rate; 3 % warm-up, then cosine to 0")
     epochs: int = flag(1, "passes over the training examples")
-    steps: Optional[int] = flag(None, "optimiser steps; given, --epochs does not count")
+    steps: Optional[int] = flag(None, "optimiser steps, in place of --epochs")
     batch_size: int = flag(128, "sequences per optimiser step, all ranks together")
     micro_batch_tokens: int = flag(8192, "maximum tokens per forward pass; lower it if memory runs "
                                    "out, raise it on a large GPU")
@@ -270,9 +270,11 @@ def parse(config_class: type, args: Optional[list[str]] = None) -> Any:
     typed = {arg.split("=")[0][2:] for arg in args if arg.startswith("--")}
     file = parser.parse_known_args(args)[0].config
     in_file = yaml_flags(file) if file else {}
-    if "epochs" in typed:  # --steps would win over it
-        in_file.pop("steps", None)
+    exclusive = {"epochs", "steps"}
+    if typed & exclusive:
+        in_file = {name: values for name, values in in_file.items() if name not in exclusive}
     given = typed | in_file.keys()
+    require(not exclusive <= given, "--epochs and --steps: give one of them")
     toy = {} if "model" in given else TOY | script.TOY
     if "epochs" in given:
         toy.pop("steps", None)
@@ -383,10 +385,6 @@ def is_finished(stage: Stage) -> bool:
     Raises BadInput if work that may not be replaced is in the way.
     """
     path, work = Path(stage.path), stage.work
-    begun = read_record(record_of(work)) if work.exists() else {}
-    work_differs = differences(begun.get("settings", {}), stage.settings)
-    if "cost" in begun and not work_differs:
-        return False  # made before a kill: build_stage() has only to move it
     if path.exists():
         record = read_record(record_of(path))
         require("cost" in record,
@@ -398,11 +396,14 @@ def is_finished(stage: Stage) -> bool:
                 require(content == record.get("content"), f"{path}: was changed since a run made "
                         "it; give it by its own flag and another --out, or delete it to make it "
                         "anew")
+            shutil.rmtree(path / "replaced", ignore_errors=True)  # where a kill came between
             print0(f"{path.stem}: {path}, from before")
             return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
                 "--out, or delete it to make it anew")
         print0(f"{path.stem}: trained anew, because {changes}")
+    begun = read_record(record_of(work)) if work.exists() else {}
+    work_differs = differences(begun.get("settings", {}), stage.settings)
     is_valuable = "cost" in begun or work.is_file() or checkpoints_in(work)
     require(not (work_differs and is_valuable), f"{work}: holds unfinished work of other "
             f"settings: {work_differs}; give its settings to finish it, another --out, or delete "
@@ -441,8 +442,9 @@ def build_stage(cfg: Config, stage: Stage) -> None:
         for scratch in ("checkpoints", "tokens"):
             shutil.rmtree(work / scratch, ignore_errors=True)
         if path.exists():  # the script's policy of other settings
-            shutil.rmtree(path)
+            path.rename(work / "replaced")
         work.rename(path)
+        shutil.rmtree(path / "replaced", ignore_errors=True)
     barrier()
 
 
@@ -571,7 +573,9 @@ class Codec:
             ends += ids if isinstance(ids, list) else [ids]
         self.shapes = [c.get_text_config() for c in configs if hasattr(c, "get_text_config")]
         self.turn_end, self.turn_tail = self._find_turn_end(ends)
-        ends += self.encode(self.turn_end)[-1:]
+        self.turn_end_id = self.encode(self.turn_end)[-1:]  # none without a template
+        self.tail_ids = self.continuation(self.turn_tail, self.turn_end)
+        ends += self.turn_end_id
         self.stop_ids = [t for t in dict.fromkeys(ends) if t is not None]
         require(self.stop_ids, f"{folder}: neither its tokenizer nor its configuration has an EOS "
                 "token, so no response could end")
@@ -604,7 +608,7 @@ class Codec:
                     f"model {embeddings:,} embeddings; resize_token_embeddings first")
             positions = getattr(shape, "max_position_embeddings", None) or math.inf
             rope = getattr(shape, "rope_parameters", None) or {}
-            for part in (rope, *rope.values()):  # one for all layers, or one for each part of layer
+            for part in (rope, *rope.values()):  # one for all layers, or one for each kind of layer
                 # a sequence beyond the original limit would change all others of its batch
                 if isinstance(part, dict) and part.get("rope_type") in ("longrope", "dynamic"):
                     original = part.get("original_max_position_embeddings")
@@ -674,8 +678,8 @@ class Codec:
         is_text = isinstance(prompt, str)
         before = self.prompt(prompt)
         end = self.stop_ids[:1]
-        if not is_text:
-            end = self.encode(self.turn_end)[-1:] or end
+        if self.turn_end_id and not is_text:
+            end = self.turn_end_id
         if is_text or generated:
             reply = self.continuation(response)
         else:
@@ -693,9 +697,7 @@ class Codec:
         limit = self.cfg.max_response_tokens
         if is_text or truncated or len(reply) > limit:
             return before, reply[:limit], []
-        ended = self.encode(self.turn_end + self.turn_tail)
-        tail = ended[len(self.encode(self.turn_end)):]  # as its tokens are after the end's
-        return before, reply, tail
+        return before, reply, self.tail_ids
 
     def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """(ids (T,), response mask (T,)) for a policy."""
@@ -1720,7 +1722,7 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
 
 @torch.no_grad()
 def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
-    """A whole in `dtype`, a sharded model's whole; all ranks call it together, those that need none
+    """A copy in `dtype`, a sharded model's whole; all ranks call it together, those that need none
     with the meta device."""
     weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).to(where, dtype)
                for name, p in model.named_parameters()}
@@ -2292,15 +2294,16 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
     done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
     if done:
         print0(f"  {done:,} samples already labelled; resuming")
+    generated = sum(row.response is None for row in rows[:done])  # so many seeds were used
     for start in progress(range(done, len(rows), LABELLED_TOGETHER), "labelling"):
         chunk = rows[start:start + LABELLED_TOGETHER]
         unanswered = [i for i, row in enumerate(chunk) if row.response is None]
         if unanswered:
             model = model or load_model(base.path, compute_dtype(cfg))
             prompts = [codec.prompt(chunk[i].prompt) for i in unanswered]
-            first = sum(row.response is None for row in rows[:start])  # so many seeds were used
             replies = sample(model, prompts, cfg, cfg.seed, codec.stop_ids, cost, cfg.temperature,
-                             seeds=range(first, first + len(prompts)), what="generating")
+                             seeds=range(generated, generated + len(prompts)), what="generating")
+            generated += len(prompts)
             for i, reply in zip(unanswered, replies):
                 chunk[i] = chunk[i]._replace(response=codec.decode(reply), source="generated",
                                              truncated=reply.truncated)

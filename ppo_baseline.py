@@ -159,19 +159,18 @@ def prepare(rollout: list[Example], old_log_probs: list, base_log_probs: list, v
                       "objective": float(reward.sum(1).mean()), "tokens": int(length.sum())}
 
 
-def new_actor(cfg: Config, base: Stage, rm: Stage, samples: Samples) -> ActorCritic:
+def new_actor(cfg: Config, base: Stage, codec: common.Codec, rm: Stage,
+              samples: Samples) -> ActorCritic:
     """The base policy, and a critic with the reward model's weights; where that is a function or
     reads other tokens, with the base policy's weights under a new head."""
-    own = common.Codec(base.path, cfg).tokenizer.get_vocab()
     is_function = common.FUNCTION.fullmatch(rm.path)
-    theirs = {} if is_function else common.Codec(rm.path, cfg).tokenizer.get_vocab()
-    if own.items() <= theirs.items():
+    if not is_function and reward_model.knows_tokens(codec, common.Codec(rm.path, cfg)):
         load_critic = functools.partial(reward_model.load_classifier, rm.path, torch.float32)
         mean, std = float(samples.rewards.mean()), float(samples.rewards.std())
     else:
         print0("  the critic starts from the base policy with a new head")
-        codec = reward_model.padding_codec(base.path, cfg)
-        load_critic = functools.partial(reward_model.new_classifier, base.path, codec)
+        padded = reward_model.padding_codec(base.path, cfg)
+        load_critic = functools.partial(reward_model.new_classifier, base.path, padded)
         mean, std = 0.0, 1.0
     model = common.load_for_training(functools.partial(common.load_model, base.path), cfg)
     critic = reward_model.RewardModel(common.load_for_training(load_critic, cfg), cfg)
@@ -230,7 +229,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     codec = common.Codec(base.path, cfg)
     score = rm.load()
     reference = common.load_policy(base.path, cfg, frozen=True)
-    actor = new_actor(cfg, base, rm, samples)
+    actor = new_actor(cfg, base, codec, rm, samples)
     policy = common.wrap_for_ranks(actor, cfg, "values", "log_probs")
     ids = [codec.prompt(prompt) for prompt in prompts]
     size = cfg.rollout_batch_size

@@ -194,12 +194,17 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
     model = load_classifier(folder, common.compute_dtype(cfg), common.device())
     codec = common.Codec(folder, cfg)
     base = common.Codec(cfg.model or folder, cfg)
-    if not base.tokenizer.get_vocab().items() <= codec.tokenizer.get_vocab().items():
+    if not knows_tokens(base, codec):
         codec.cfg = replace(cfg, max_prompt_tokens=2**31, max_response_tokens=2**31)  # the base's
     scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
     if codec.tokenizer.chat_template != base.tokenizer.chat_template:  # its own renders all replies
         return lambda *columns, generated=None: scorer(*columns)
     return scorer
+
+
+def knows_tokens(base: common.Codec, other: common.Codec) -> bool:
+    """Whether all tokens of the base policy's tokenizer have the same ids in the other one."""
+    return base.tokenizer.get_vocab().items() <= other.tokenizer.get_vocab().items()
 
 
 def report(pairs: list[Preference], score: Callable) -> dict:

@@ -1252,7 +1252,7 @@ def test_data_of_which_nothing_could_be_learnt_are_refused(tmp_path, base):
 FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, "--lr nan", "--lr"),
          (dt, "--targt 1", "--targt"), (dt, "--target high", "--target"),
          (dt, "--condition_dropout 0", "--guidance"), (dt, "--emphasis -1", "--emphasis"),
-         (dt, "--steps few", "--steps"),
+         (dt, "--steps few", "--steps"), (dt, "--epochs 1 --steps 1", "--epochs"),
          (dt, "--samples s.jsonl", "--samples"), (rwr, "--model m", "--model goes with"),
          (dt, "--held_out 1", "--held_out"), (dt, "--temperature -1", "--temperature"),
          (dt, "--batch_size 0", "--batch_size"), (dt, "--columns text=x", "--columns"),
@@ -1701,7 +1701,7 @@ def result(folder):
         {**line, "seconds": None} for line in lines_of(folder / "metrics.jsonl")]
 
 
-KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 python -m pytest test_all.py -k killed: more
+KILLS = int(os.environ.get("KILLS", 2))  # KILLS=20 pytest -k killed: more
 
 
 def killed_at_random_moments(start, metrics, kills, every):
