@@ -63,7 +63,7 @@ TOPICS = ("rain coffee winter cooking football homework music traffic nature gar
 
 def split_prompts(cfg: Config) -> dict[str, list]:
     """The grammar's prompts as chats, drawn into "train", "tuning" and "test"."""
-    system = {"role": "system", "content": ""}  # else SmolLM2's template writes 16 tokens of its own
+    system = {"role": "system", "content": ""}  # else SmolLM2's template writes its own
     prompts = [[system, {"role": "user", "content": question.format(topic)}]
                for topic in TOPICS for question in QUESTIONS]
     random.Random(0).shuffle(prompts)
