@@ -355,7 +355,7 @@ class Stage:
         return Path(self.path).with_name("." + Path(self.path).name)
 
     @property
-    def cost(self) -> Cost:
+    def spent(self) -> Cost:
         """What it took to make; nothing for what the user gave."""
         if self.make is None:
             return Cost()
@@ -1418,18 +1418,15 @@ def enable_packing(model: Any) -> Any:
 
 
 def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Optional[str]:
-    """Why this pair of sequences, with hidden states `alone` each, would not be read so when
-    packed.  None if it is, and if attention(), which keeps sequences apart, is all that mixes
-    tokens: that then holds for any lengths, windows and weights."""
+    """Why this pair of sequences, with hidden states `alone` each, would not be read so when packed
+    and then continued from a cache; None if it would.  Longer sequences and windows are as exact,
+    since attention() is told where each begins."""
     windows = layer_windows(model.config.get_text_config())
-    probe = OwnTokenStep()
-    influence = token_influence(model, probe)                                           # (T, T)
-    if (influence - influence.diag().diag()).any():
+    influence = token_influence(
+        model, lambda ids: KVCache(2, 2).read_prompts(model, {tuple(ids[:2]): [0],
+                                                              tuple(ids[2:]): [1]}))
+    if influence[2:, :2].any() or influence[:2, 2:].any():
         return "it mixes tokens where nothing tells it which sequence each belongs to"
-    if len(set(probe.layers)) < len(probe.layers):
-        return "it calls an attention layer several times in a forward"
-    if probe.windows != windows:
-        return "its layers and its config disagree about sliding windows"
     a, b = pair  # b is the longer
     cache = KVCache(2, len(b))
     prompts = {tuple(a[:-1].tolist()): [0], tuple(b[:-1].tolist()): [1]}
@@ -1438,6 +1435,8 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
         packed = cache.read_prompts(model, prompts)                                     # (T - 2, D)
         last = cache.decode(model, torch.stack([a[-1], b[-1]]),
                             torch.tensor(ends, device=a.device))                        # (2, D)
+    if cache.windows != windows:
+        return "its attention layers are not those of its config, or have other windows"
     first, second = packed.split(ends)
     ours = torch.cat([first, last[:1], second, last[1:]])
     theirs = torch.cat(alone)
@@ -1446,26 +1445,10 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
     return None if error < (1e-4 if exact else 0.05) else "it reads packed sequences differently"
 
 
-class OwnTokenStep:
-    """A stand-in for attention in which each token sees its own query, key and value alone; notes
-    the layers that call it, and their windows."""
-
-    def __init__(self) -> None:
-        self.layers, self.windows = [], []
-
-    def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               scale: Optional[float], window: Optional[int], *packed: Any) -> torch.Tensor:
-        """(B, heads, T, D) -> (B, T, heads, D), linear in value, so that no gradient saturates."""
-        self.layers.append(layer)
-        self.windows.append(window)
-        group = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-        return ((query * key).mean(-1, keepdim=True) * value).transpose(1, 2).contiguous()
-
-
-def token_influence(model: Any, kv_step: Any = None) -> torch.Tensor:
-    """The size of d hidden state t / d input embedding s at [t, s]: (T, T), T = 4."""
-    ids, embedded = probe_ids(model, 4), []
+def token_influence(model: Any, read: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+    """The size of d hidden state t / d input embedding s at [t, s], (T, T), where read() gives the
+    hidden states (T, D) of T = 4 token ids."""
+    embedded = []
 
     def cut(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         embedded.append(output.detach().requires_grad_())                               # (1, T, D)
@@ -1473,7 +1456,7 @@ def token_influence(model: Any, kv_step: Any = None) -> torch.Tensor:
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            hidden = hidden_states(model, ids, [len(ids)], kv_step).float()             # (T, D)
+            hidden = read(probe_ids(model, 4).tolist()).float()                         # (T, D)
     finally:
         hook.remove()
     # not their plain sum, which a norm keeps constant
@@ -1498,7 +1481,9 @@ def layer_windows(config: Any) -> list[Optional[int]]:
 
 def check_causal(name: str, model: Any) -> None:
     """Raises BadInput if a token's hidden state depends on a later token."""
-    require(not (token_influence(model).triu(1) > 0).any(),
+    def read(ids: list[int]) -> torch.Tensor:
+        return hidden_states(model, torch.tensor(ids, device=model.device), [len(ids)])
+    require(not token_influence(model, read).triu(1).any(),
             f"{name}: its attention looks ahead, so it is no causal language model")
 
 
@@ -1921,6 +1906,7 @@ class KVCache:
     def __init__(self, lanes: int, length: int):
         self.lanes, self.length = lanes, length
         self.layers: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (L, S, heads, D)
+        self.windows: list[Optional[int]] = []           # sliding windows of the same layers
         self.flash = device().type == "cuda"             # until its kernel fails
 
     def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor, lanes: torch.Tensor,
@@ -1976,6 +1962,8 @@ class PromptStep:
                scale: Optional[float], window: Optional[int], ends: torch.Tensor,
                longest: int) -> torch.Tensor:
         """attention() of packed prompts to themselves, whose keys and values are stored."""
+        if layer not in self.cache.layers:
+            self.cache.windows.append(window)
         self.cache.store(layer, key, value, self.lanes, self.positions, self.sources)
         return attention(layer, query, key, value, None, scale, sliding_window=window,
                          cu_seq_lens_q=ends, max_length_q=longest)[0]
@@ -2227,11 +2215,11 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
         conditional, unconditional = logits.float().log_softmax(-1).unflatten(0, (-1, 2)).unbind(1)
         logits = (1 + guidance) * conditional - guidance * unconditional
     log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)                     # (R, V)
-    token = log_p.argmax(-1) if temperature == 0 else draw(log_p, uniform)
+    token = log_p.argmax(-1) if temperature == 0 else draw_token(log_p, uniform)
     return token, log_p.gather(-1, token[:, None]).squeeze(-1)
 
 
-def draw(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def draw_token(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token each from log-probs (R, V), by inverting the cumulative distribution at uniform
     (R,): int64 (R,)."""
     p = log_p.exp()
@@ -2455,9 +2443,9 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     ask = functools.partial(answer, cfg, codec, prompts, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
     name = Path(policy.path).name
-    all_cost = sum((stage.cost for stage in cost_of if stage), policy.cost)
-    entries = [("base", reference, Variant(""), base.cost, base.cost)]
-    entries += [(name, model, variant, policy.cost, all_cost) for variant in variants]
+    all_cost = sum((stage.spent for stage in cost_of if stage), policy.spent)
+    entries = [("base", reference, Variant(""), base.spent, base.spent)]
+    entries += [(name, model, variant, policy.spent, all_cost) for variant in variants]
     rows, replies = [], []
     for algorithm, sampled, variant, trained, total in entries:
         replies.append(ask(sampled, variant))
