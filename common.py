@@ -1,4 +1,4 @@
-"""What the trainers share and no algorithm is about.  Banners divide it into rooms.
+"""What the trainers share, none of it about one algorithm; in sections, by banners.
 
 Terms: *policy*, the language model that is trained; *base policy*, the model it starts from and the
 reference of every KL; *sample*, a (prompt, response, reward); *z*, a reward in standard deviations
@@ -247,9 +247,9 @@ class Config:
 
     def training_flags(self) -> dict:
         """The flags that a trained policy depends on: learning rate, steps and the script's own."""
-        shared = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
-        names = [f.name for f in fields(self) if f.name not in shared]
-        return {name: getattr(self, name) for name in names if name not in self.evaluation_flags}
+        others = {f.name for f in fields(Config)} - {"lr", "epochs", "steps", "batch_size"}
+        others |= set(self.evaluation_flags)
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in others}
 
 
 def parse(config_class: type, args: Optional[list[str]] = None) -> Any:
@@ -291,7 +291,7 @@ def yaml_flags(path: str) -> dict[str, list[str]]:
     import yaml
     try:
         flags = dict(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (TypeError, ValueError, yaml.YAMLError) as problem:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as problem:
         raise BadInput(f"--config {path}: must hold lines of `flag: value`") from problem
     return {name: [str(v) for v in (value if isinstance(value, list) else [value])]
             for name, value in flags.items() if value is not None}
@@ -359,12 +359,12 @@ class Stage:
         """What it took to make; nothing for what the user gave."""
         if self.make is None:
             return Cost()
-        return Cost(**read_record(record_of(self.path)).get("cost", {}))
+        return Cost(**read_record(record_of(self.path))["cost"])
 
 
 def record_of(place: Any) -> Path:
-    """The record of a stage's path or work, which has a cost once the stage is complete: run.json
-    in a folder; .samples.json for samples.jsonl and for the unfinished .samples.jsonl alike."""
+    """Where the record of a stage's path or work is: run.json in a folder, .samples.json for
+    samples.jsonl, finished or not.  Only a complete stage's has a cost."""
     place = Path(place)
     return place.with_name(".samples.json") if place.suffix == ".jsonl" else place / "run.json"
 
@@ -372,7 +372,7 @@ def record_of(place: Any) -> Path:
 def build_stages(cfg: Config, *stages: Optional[Stage]) -> None:
     """Makes the stages that do not exist yet, in order.
 
-    Raises BadInput, before anything is made, over work of other settings that would have to go.
+    Raises BadInput, before anything is made, if work of other settings is in the way.
     """
     missing = [stage for stage in stages if stage and stage.make and not is_finished(stage)]
     for stage in missing:
@@ -396,7 +396,7 @@ def is_finished(stage: Stage) -> bool:
                 require(content == record.get("content"), f"{path}: was changed since a run made "
                         "it; give it by its own flag and another --out, or delete it to make it "
                         "anew")
-            shutil.rmtree(path / "replaced", ignore_errors=True)  # where a kill came between
+            shutil.rmtree(path / "replaced", ignore_errors=True)  # if a kill has left it
             print0(f"{path.stem}: {path}, from before")
             return True
         require(not stage.shared, f"{path}: was made with other settings: {changes}; give another "
@@ -483,19 +483,23 @@ def content_hash(source: Optional[str], patterns: tuple[str, ...] = DATA_FILES) 
     if not source or not Path(source).exists():
         return source
     root = Path(source)
-    files = [root]
-    if not root.is_file():
-        paths = itertools.chain(*(root.glob(pattern) for pattern in patterns))
-        files = sorted(path for path in paths
-                       if path.is_file() and not is_hidden(path.relative_to(root)))
     digest = hashlib.sha256()
     if rank() == 0:
-        for path in files:
+        for path in files_in(root, patterns):
             digest.update(str(path.relative_to(root)).encode())
             with open(path, "rb") as file:
                 for part in iter(lambda: file.read(2**24), b""):
                     digest.update(part)
     return gather(digest.hexdigest()[:12])[0]
+
+
+def files_in(root: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """A folder's files that match, sorted, none of them hidden; of a file, itself."""
+    if root.is_file():
+        return [root]
+    paths = itertools.chain(*(root.glob(pattern) for pattern in patterns))
+    return sorted(path for path in paths if path.is_file()
+                  and not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
 def fingerprint(value: Any) -> str:
@@ -559,9 +563,9 @@ class Codec:
         self.folder, self.cfg = folder, cfg
         self.encode = text_encoder(self.tokenizer)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        # what it puts before a text, not an EOS that it puts after; some have one token for both
+        # an EOS that it puts after a text is none; in some one token is both
         self.bos = [t for t in self.tokenizer("")["input_ids"] if t == bos or t != eos]
-        # SentencePiece marks the first word of a text, so what continues one is encoded after "\n"
+        # SentencePiece marks a text's first word: to encode what is none, "\n" goes before it
         newline, word, both = map(self.encode, ("\n", "a", "\na"))
         self.text_before = "" if both == newline + word else "\n"
         configs, ends = [], [eos]
@@ -654,7 +658,7 @@ class Codec:
         return ids
 
     def continuation(self, text: str, before: Optional[str] = None) -> list[int]:
-        """Ids of a text that continues a prompt, or this text before it."""
+        """Ids of a text that follows another: `before`, or a prompt."""
         before = self.text_before if before is None else before
         start, ids = self.encode(before), self.encode(before + text)
         return ids[len(start):] if ids[:len(start)] == start else self.encode(text)
@@ -669,8 +673,8 @@ class Codec:
 
     def turn(self, prompt: Any, response: str, truncated: bool = False,
              generated: bool = False) -> tuple[list[int], list[int], list[int]]:
-        """Ids of prompt, reply and tail: the reply up to the token that ends it, unless it is
-        truncated or too long, and what a template writes after that.
+        """Ids of prompt, reply and tail.  The reply has the token that ends it, unless it is
+        truncated or too long; the tail is what a template writes after that token.
 
         A `generated` reply continues the generation prompt as it stands; any other is rendered by
         the template.  Raises what prompt() and render_turn() do.
@@ -699,8 +703,8 @@ class Codec:
             return before, reply[:limit], []
         return before, reply, self.tail_ids
 
-    def sample(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """(ids (T,), response mask (T,)) for a policy."""
+    def taught(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (T,) to teach a policy, and the response mask (T,)."""
         before, reply, _ = self.turn(sample.prompt, sample.response, sample.truncated,
                                      sample.source == "generated")
         ids = np.array(before + reply, dtype=np.int32)
@@ -776,7 +780,7 @@ def tiktoken_encoder(tokenizer: Any,
 
 # ------------------------------------------------------------------------------------------- data
 # Rows of files and Hub data sets become preferences and samples, split by prompt into training and
-# held out.  Rows in = rows used + rows left out, by reason, said in one line.
+# held out.  A line says how many rows were used, and why others were left out.
 
 
 class Preference(NamedTuple):
@@ -827,7 +831,7 @@ def read_rows(source: str, expected: tuple[str, ...], columns: list[str],
     BadInput with the place of a row that is wrong, or if no row is used.
     """
     renamed = column_names(columns)
-    names = {field: renamed.get(field, [field]) for field in expected}
+    names = {name: renamed.get(name, [name]) for name in expected}
     used, left_out, seen = 0, Counter(), set()
     for part, where, row in read_source(source):
         seen |= row.keys()
@@ -900,29 +904,32 @@ def read_source(source: str) -> Iterator[tuple[str, str, dict]]:
                 f"{source}: no such file, folder or Hub data set")
         yield from read_with_datasets(source, "", hub[1], data_dir=hub[2])
         return
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if DATA_FILE.fullmatch(file.name)
-             and not is_hidden(file.relative_to(path))]
+    files = [file for file in files_in(path, DATA_FILES) if DATA_FILE.fullmatch(file.name)]
     require(files, f"{source}: no .jsonl, .jsonl.gz, .json, .parquet or .csv")
     for file in files:
         part = str(file.relative_to(path)) if path.is_dir() else file.name
         extension = DATA_FILE.fullmatch(file.name)[1]
-        if extension.startswith("jsonl"):
-            for where, row in read_jsonl(file):
-                yield part, where, row
-        elif extension == "csv":  # not by datasets, to which "None" and "N/A" are no text
-            with open(file, encoding="utf-8-sig", newline="") as rows:
-                for number, row in enumerate(csv.DictReader(rows), 1):
-                    require(None not in row, f"{file}, row {number}: more cells than columns")
-                    cells = {name: cell or None for name, cell in row.items() if name}
-                    yield part, f"{file}, row {number}", cells
-        else:
+        if extension in ("json", "parquet"):
             yield from read_with_datasets(str(file), part, extension, data_files=str(file))
+            continue
+        for where, row in (read_csv if extension == "csv" else read_jsonl)(file):
+            yield part, where, row
 
 
-def is_hidden(path: Path) -> bool:
-    """Whether the path leads through a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
+def read_csv(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a .csv, each with its place.  Raises BadInput at a bad one.
+
+    Not by datasets, to which "None" and "N/A" are no text.
+    """
+    number = 0
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            for number, row in enumerate(csv.DictReader(file), 1):
+                require(None not in row, f"{path}, row {number}: more cells than columns")
+                cells = {name: cell or None for name, cell in row.items() if name}
+                yield f"{path}, row {number}", cells
+        except (UnicodeDecodeError, csv.Error) as problem:
+            raise BadInput(f"{path}, row {number + 1}: not CSV in UTF-8 ({problem})") from problem
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -960,8 +967,8 @@ TURN = "\n\nAssistant:"  # the start of a reply in a transcript like HH's
 
 
 def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
-    """(prompt, response) of a response, of messages that may repeat the prompt, or, without a
-    prompt, of a transcript like HH's.  Raises LeftOut if they do not end with a reply."""
+    """(prompt, response) from an answer: a response, messages that may repeat the prompt, or,
+    without a prompt, a transcript.  Raises LeftOut if that does not end with a reply."""
     response = answer
     replied = True
     if isinstance(answer, list):
@@ -986,9 +993,12 @@ def preference_of(row: dict) -> Preference:
     """A row's preference; a prompt that both sides repeat is read once."""
     require({"chosen", "rejected"} <= row.keys(), "the field 'chosen' or 'rejected' is missing")
     given, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    all_text = all(isinstance(text, str) for text in (given, chosen, rejected))
-    if all_text and chosen.startswith(given) and rejected.startswith(given):
-        chosen, rejected = chosen.removeprefix(given), rejected.removeprefix(given)
+    both = (chosen, rejected)
+    if all(isinstance(text, str) for text in (given, *both)):
+        end = len(given.rstrip())  # a word that goes on is no repeat: "Hi" and "High"
+        if all(text.startswith(given) and text[end:end + 1].isspace() for text in both):
+            print_once("  prompts that chosen and rejected repeat are read once")
+            chosen, rejected = chosen.removeprefix(given), rejected.removeprefix(given)
     prompt, chosen = last_turn(given, chosen)
     other_prompt, rejected = last_turn(given, rejected)
     require(prompt is not None, "the field 'prompt' is missing")
@@ -1073,9 +1083,9 @@ def read_data(cfg: Config, base: Stage) -> Data:
         return list({prompt_hash(entry.prompt): entry.prompt for entry in entries}.values())
     train, test = split(pairs)
     train_samples, test_samples = split(samples)
-    order = random.Random(cfg.seed)
-    order.shuffle(train)
-    order.shuffle(test)
+    rng = random.Random(cfg.seed)
+    rng.shuffle(train)
+    rng.shuffle(test)
     prompts = distinct_prompts(train_samples if cfg.samples else train)
     held_out = distinct_prompts(test + test_samples)
     require(prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
@@ -1098,7 +1108,7 @@ def held_out_hashes(entries: list[tuple[str, Any]], cfg: Config) -> set[int]:
     test = set(filter(TEST_PART.search, parts))
 
     def is_held_out(part: str, prompt: Any) -> bool:
-        if test and test < parts:
+        if 0 < len(test) < len(parts):
             return part in test
         return zlib.crc32(f"{cfg.seed} {prompt_key(prompt)}".encode()) < 2**32 * cfg.held_out
     return {prompt_hash(e.prompt) for part, e in entries if is_held_out(part, e.prompt)}
@@ -1144,9 +1154,8 @@ class Tokens:
             np.save(folder / "offsets.npy", np.array(ends))
         barrier()
         self.offsets = np.load(folder / "offsets.npy")  # (n + 1,)
-        if self.offsets[-1]:  # an empty file cannot be mapped
-            self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
-            self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
+        self.ids = np.memmap(folder / "ids", dtype=np.int32, mode="r")
+        self.mask = np.memmap(folder / "mask", dtype=bool, mode="r")
         self.lengths = np.diff(self.offsets)            # (n,)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1157,8 +1166,8 @@ class Tokens:
 class Examples:
     """What a policy trains on: some of the samples, each with a weight.
 
-    tag(i, epoch) gives the ids between prompt and response of sample i; draw(epoch) the examples of
-    an epoch by number, omitted: each once.
+    tag(i, epoch) gives the ids between prompt and response of sample i; draw(epoch) the numbers of
+    an epoch's examples, each once if omitted.
     """
 
     def __init__(self, tokens: Tokens, indices: Optional[np.ndarray] = None,
@@ -1209,19 +1218,20 @@ def micro_batch(examples: list[Example], share: list[int]) -> MicroBatch:
     """The examples of a share.  A rank whose share is empty reads the first example and learns
     nothing from it, as the other ranks' collectives wait for its forward."""
     if not share:
-        return collate(examples[:1], learnt=False)
+        first = examples[0]
+        return collate([first._replace(mask=np.zeros_like(first.mask))])
     return collate([examples[i] for i in share])
 
 
-def collate(examples: list[Example], learnt: bool = True) -> MicroBatch:
-    """Examples as packed tensors; not `learnt`: with N = 0."""
+def collate(examples: list[Example]) -> MicroBatch:
+    """Examples as packed tensors."""
     lengths = [len(e.ids) for e in examples]
     ids = np.concatenate([e.ids for e in examples])
     predicts = np.concatenate([np.append(e.mask[1:], False) for e in examples])  # t predicts t + 1
-    rows = np.flatnonzero(predicts & learnt)  # none, if nothing is learnt
+    rows = np.flatnonzero(predicts)
     weight = np.repeat([e.weight for e in examples], lengths)[rows]
     by_column = zip(*(e.columns for e in examples))
-    columns = [np.concatenate(column)[:len(rows)] for column in by_column]
+    columns = [np.concatenate(column)[:len(rows)] for column in by_column]  # or none, with N = 0
 
     def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(array).to(device(), dtype, non_blocking=True)
@@ -1234,15 +1244,13 @@ def group_by_token_budget(lengths: list[int], budget: int, padded: bool) -> list
     """Indices into lengths, longest first, in groups of at most `budget` tokens (or of one
     sequence): count x longest where they are padded, their sum where they are packed."""
     groups: list[list[int]] = []
-    longest = total = 0  # of the last group
+    room = longest = 0  # of the last group
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        count = len(groups[-1]) + 1 if groups else 1
-        held = longest * count if padded else total + lengths[i]
-        if not groups or held > budget:
+        if not groups or room < (longest if padded else lengths[i]):
             groups.append([])
-            longest, total = lengths[i], 0
+            room, longest = budget, lengths[i]
         groups[-1].append(i)
-        total += lengths[i]
+        room -= longest if padded else lengths[i]
     return groups
 
 
@@ -1259,11 +1267,6 @@ def shard_micro_batches(lengths: list[int], budget: int, padded: bool) -> list[l
     return own + [[]] * (count - len(own))
 
 
-def count_steps(examples: int, cfg: Config) -> int:
-    """Optimiser steps of a run."""
-    return cfg.steps or cfg.epochs * math.ceil(examples / cfg.batch_size)
-
-
 def step_indices(examples: int, batch_size: int, seed: int, steps: int,
                  first: int = 0) -> Iterator[tuple[int, int, np.ndarray]]:
     """(step, epoch, its examples) from the `first` step on; each epoch has an order of its own."""
@@ -1276,13 +1279,15 @@ def step_indices(examples: int, batch_size: int, seed: int, steps: int,
         yield step, epoch, order[start:start + batch_size]
 
 
-def print_plan(examples: int, cfg: Config) -> None:
-    """The resolved arithmetic, before training."""
-    steps = count_steps(examples, cfg)
+def plan_steps(examples: int, cfg: Config) -> int:
+    """Optimiser steps of a run; prints them, and what else training will take."""
+    per_epoch = math.ceil(examples / cfg.batch_size)
+    steps = cfg.steps or cfg.epochs * per_epoch
     dtype = str(compute_dtype(cfg)).removeprefix("torch.")
     print0(f"  {examples:,} sequences; {steps:,} steps of {cfg.batch_size} over {world_size()} "
-           f"rank(s), {steps / math.ceil(examples / cfg.batch_size):.2f} epochs; at most "
-           f"{cfg.micro_batch_tokens:,} tokens a forward; {dtype} on {device()}")
+           f"rank(s), {steps / per_epoch:.2f} epochs; at most {cfg.micro_batch_tokens:,} tokens a "
+           f"forward; {dtype} on {device()}")
+    return steps
 
 
 FORWARD_ONLY = 4  # times as many tokens where no activations are kept
@@ -1291,8 +1296,8 @@ FORWARD_ONLY = 4  # times as many tokens where no activations are kept
 @torch.no_grad()  # not inference mode: what FSDP gathers in it could not serve training
 def each_response_token(compute: Callable[[MicroBatch], torch.Tensor], model: Any,
                         examples: list[Example], cfg: Config, cost: Cost) -> list[list[float]]:
-    """compute(micro-batch) -> (N,), by `model`, as a list for each response, on every rank; ranks
-    share the work."""
+    """What compute(micro-batch) -> (N,) gets from `model`: a list for each response, on every rank;
+    ranks share the work."""
     values: dict[int, list[float]] = {}
     lengths = [len(e.ids) for e in examples]
     budget = FORWARD_ONLY * cfg.micro_batch_tokens
@@ -1353,7 +1358,8 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                      scaling: Optional[float], window: int) -> torch.Tensor:
     """Whole sequences' causal attention within a window: (B, heads, T, D) -> (B, T, heads, D)."""
-    band, t = None, query.shape[2]
+    t = query.shape[2]
+    band = None
     if t > window:
         band = torch.ones(t, t, dtype=torch.bool, device=key.device).tril().triu(1 - window)
     if query.is_cuda:  # its fast float32 kernels know no grouped heads
@@ -1422,9 +1428,10 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
     and then continued from a cache; None if it would.  Longer sequences and windows are as exact,
     since attention() is told where each begins."""
     windows = layer_windows(model.config.get_text_config())
-    influence = token_influence(
-        model, lambda ids: KVCache(2, 2).read_prompts(model, {tuple(ids[:2]): [0],
-                                                              tuple(ids[2:]): [1]}))
+
+    def read_two(ids: list[int]) -> torch.Tensor:
+        return KVCache(2, 2).read_prompts(model, {tuple(ids[:2]): [0], tuple(ids[2:]): [1]})
+    influence = token_influence(model, read_two)
     if influence[2:, :2].any() or influence[:2, 2:].any():
         return "it mixes tokens where nothing tells it which sequence each belongs to"
     a, b = pair  # b is the longer
@@ -1459,7 +1466,7 @@ def token_influence(model: Any, read: Callable[[list[int]], torch.Tensor]) -> to
             hidden = read(probe_ids(model, 4).tolist()).float()                         # (T, D)
     finally:
         hook.remove()
-    # not their plain sum, which a norm keeps constant
+    # a plain sum would be constant after a LayerNorm
     direction = torch.linspace(1, 2, hidden.shape[1], device=hidden.device)
     gradients = [torch.autograd.grad(state @ direction, embedded[0], retain_graph=True)[0][0]
                  for state in hidden]
@@ -1496,15 +1503,6 @@ def probe_ids(model: Any, count: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------- models
 
 
-def check_layers(name: str, model: Any) -> None:
-    """Raises BadInput unless the model begins in an embedding and ends in a plain linear head."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    require(isinstance(embedding, torch.nn.Embedding),
-            f"{name}: a {type(model).__name__} has no embedding of its tokens")
-    require(type(head) is torch.nn.Linear and head.bias is None,
-            f"{name}: the fused loss needs an output head that is a linear layer without a bias")
-
-
 def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[torch.device] = None,
                auto_class: str = "AutoModelForCausalLM", heads: tuple = (), **more: Any) -> Any:
     """A transformers model on this rank's device, always in eval mode (dropout off): with dropout,
@@ -1537,8 +1535,13 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, where: Optional[to
 
 @torch.no_grad()
 def check_linear_head(name: str, model: Any) -> None:
-    """Raises BadInput unless logits are hidden states times head, scaled or soft-capped."""
-    check_layers(name, model)
+    """Raises BadInput unless the model begins in an embedding and its logits are hidden states
+    times a head without bias, scaled or soft-capped."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    require(isinstance(embedding, torch.nn.Embedding),
+            f"{name}: a {type(model).__name__} has no embedding of its tokens")
+    require(type(head) is torch.nn.Linear and head.bias is None,
+            f"{name}: the fused loss needs an output head that is a linear layer without a bias")
     ids = probe_ids(model, 8)
     ours = logits_of(model, hidden_states(model, ids, [8]))
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
@@ -1564,6 +1567,11 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return cap * (logits / cap).tanh() if cap else logits
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in this dtype."""
+    return torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
+
+
 class Policy(torch.nn.Module):
     """A causal language model whose forward ends in the fused loss: so the hooks of DDP and FSDP
     cover body and head alike."""
@@ -1575,7 +1583,7 @@ class Policy(torch.nn.Module):
 
     def forward(self, micro: MicroBatch, kernel: Callable, *columns: torch.Tensor) -> torch.Tensor:
         """The kernel's loss, summed over the response tokens: a float32 scalar.  columns (N,)."""
-        with self.autocast():
+        with autocast(self.dtype):
             hidden, weight = self.head_inputs(micro)                                # (N, D), (V, D)
             if self.cap:
                 kernel = functools.partial(capped_kernel, kernel, self.cap)
@@ -1583,8 +1591,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def log_probs(self, micro: MicroBatch, temperature: float) -> torch.Tensor:
-        """Each response token's log-prob at the temperature (0: at 1): (N,) float32."""
-        with self.autocast():
+        """Each response token's log-prob at the temperature, at 1 if it is 0: (N,) float32."""
+        with autocast(self.dtype):
             hidden, weight = self.head_inputs(micro)                                # (N, D), (V, D)
             dtype = product_dtype(weight)
         log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)     # (N,)
@@ -1594,10 +1602,6 @@ class Policy(torch.nn.Module):
             log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)             # (n, V)
             log_probs[part] = log_p.gather(1, micro.targets[part, None]).squeeze(1)
         return log_probs
-
-    def autocast(self) -> torch.autocast:
-        """The compute dtype for matrix products."""
-        return torch.autocast(device().type, self.dtype, enabled=self.dtype != torch.float32)
 
     def head_inputs(self, micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden states (N, D) that predict response tokens, scaled, and the head (V, D)."""
@@ -1618,13 +1622,13 @@ def capped_kernel(kernel: Callable, cap: float, logits: torch.Tensor,
 def load_policy(name: str, cfg: Config, frozen: bool = False) -> torch.nn.Module:
     """A policy, wrapped for several ranks: to train, with float32 weights, or frozen, for its
     log_probs, in the compute dtype."""
-    whole = frozen and not is_sharded(cfg)
-    dtype = compute_dtype(cfg) if whole else torch.float32
+    bare = frozen and not is_sharded(cfg)  # DDP refuses a model that needs no gradients
+    dtype = compute_dtype(cfg) if bare else torch.float32
     model = load_for_training(functools.partial(load_model, name, dtype), cfg)
     if frozen:
         model.requires_grad_(False)
     policy = Policy(model, cfg)
-    return policy if whole else wrap_for_ranks(policy, cfg, "log_probs")
+    return policy if bare else wrap_for_ranks(policy, cfg, "log_probs")
 
 
 def is_sharded(cfg: Config) -> bool:
@@ -1639,10 +1643,10 @@ def blocks_of(module: torch.nn.Module) -> list:
 
 
 def load_for_training(load: Callable, cfg: Config) -> Any:
-    """load(where=), with what text does not use frozen, and its blocks recomputed in backward where
-    the flags say so, else compiled on a GPU.
+    """load(where=): what text does not use is frozen; blocks are recomputed in backward if the
+    flags say so, else compiled on a GPU.
 
-    To be sharded, rank 0 alone loads, on its CPU; other ranks get an untouched shape.
+    If it is to be sharded, rank 0 loads it on its CPU; the other ranks' weights are unset.
     """
     sharded = is_sharded(cfg)
     model = None
@@ -1707,8 +1711,8 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
 
 @torch.no_grad()
 def whole_copy(model: Any, dtype: torch.dtype, where: torch.device) -> Any:
-    """A copy in `dtype`, a sharded model's whole; all ranks call it together, those that need none
-    with the meta device."""
+    """A copy in `dtype`, never sharded.  All ranks call it together: those that need no copy, with
+    the meta device."""
     weights = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).to(where, dtype)
                for name, p in model.named_parameters()}
     whole = meta_model(type(model), model.config)
@@ -1847,7 +1851,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple:
-        # in place: a second backward is then an error, and none holds two such gradients
+        # in place, to hold no second copy; a second backward is then an error
         grads = [g if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.saved_tensors]
         others = len(ctx.needs_input_grad) - len(grads)  # kernel and columns have no gradient
         return *grads, *([None] * others)
@@ -1856,7 +1860,7 @@ class HeadLoss(torch.autograd.Function):
 def logit_chunks(hidden: torch.Tensor,
                  weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """(rows, their logits (n, V)): of hidden (N, D) as many at a time as CHUNK_BYTES hold."""
-    stride = math.ceil(len(weight) / 64) * 64  # a GEMM is slower into rows that start elsewhere
+    stride = math.ceil(len(weight) / 64) * 64  # GEMMs are fastest into aligned rows
     limit = max(1, CHUNK_BYTES[hidden.device.type] // (stride * hidden.element_size()))
     chunks = max(1, math.ceil(len(hidden) / limit))
     size = max(1, math.ceil(len(hidden) / chunks))  # chunks of about one size
@@ -1930,9 +1934,9 @@ class KVCache:
                 positions.append(span)
                 sources.append(start + span)
             start += len(prompt)
-        step = PromptStep(self, torch.cat(lanes).to(device()), torch.cat(positions).to(device()),
-                          torch.cat(sources).to(device()))                            # (n,) each
-        ids = torch.tensor(list(itertools.chain(*prompts)), device=device())                # (T,)
+        where = model.device  # rank 0 probes a model to be sharded on its CPU
+        step = PromptStep(self, *(torch.cat(x).to(where) for x in (lanes, positions, sources)))
+        ids = torch.tensor(list(itertools.chain(*prompts)), device=where)                   # (T,)
         return hidden_states(model, ids, [len(prompt) for prompt in prompts], step)
 
     def decode(self, model: Any, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -1957,7 +1961,7 @@ class PromptStep:
     positions: torch.Tensor
     sources: torch.Tensor
 
-    @torch.compiler.disable  # knows layers apart: compiled, it would be so for each
+    @torch.compiler.disable  # it looks a layer up: each would have a compilation of its own
     def attend(self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scale: Optional[float], window: Optional[int], ends: torch.Tensor,
                longest: int) -> torch.Tensor:
@@ -2020,7 +2024,7 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
            what: str = "sampling") -> list[Response]:
     """A response to each prompt's ids, in the prompts' order on every rank; ranks share the work.
 
-    A response's randomness comes from the seed and its own of `seeds` (its index), not from its
+    A response's randomness depends on `seed` and its entry of `seeds` (omitted: its index), not on
     slot or rank.  Temperature 0 is greedy, with log-probs at temperature 1.  With `guidance` g
     tokens are drawn from softmax((1 + g) log p(.|prompt) - g log p(.|unconditional)) (Sanchez et
     al. 2023, arXiv 2306.17806).  The cost is what the responses need, without what idle slots
@@ -2046,8 +2050,8 @@ def sample(model: Any, prompts: list[list[int]], cfg: Config, seed: int, stop: l
             drawn = generate(model, [prompts[i] for i in share], uniform, stop, temperature, bar,
                              cost)
     tokens, log_probs = (x.cpu() for x in drawn)                                        # (n, limit)
-    ends = torch.isin(tokens, torch.tensor(stop))
-    lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, limit).tolist()
+    stops = torch.isin(tokens, torch.tensor(stop))
+    lengths = torch.where(stops.any(1), stops.int().argmax(1) + 1, limit).tolist()
     responses = {}
     for i, ids, log_p, length in zip(share, tokens, log_probs, lengths):
         ids = ids[:length].tolist()
@@ -2098,9 +2102,9 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
         active.logical_and_(~torch.isin(token, stops) & (t + 1 < limit))
 
     def refill(idle: list[int], first: int) -> None:
-        """Gives responses from the first on to idle slots, and reads their prompts."""
+        """Gives idle slots the responses from `first` on, and reads their prompts."""
         wanted: dict[tuple, list[int]] = {}  # each prompt once, and the lanes that want it
-        for slot, i in zip(idle, range(first, n)):
+        for i, slot in enumerate(idle, first):
             for lane, prompt in enumerate(contexts[i], start=slot * lanes_each):
                 wanted.setdefault(tuple(prompt), []).append(lane)
         prompts, lengths = list(wanted), [len(prompt) for prompt in wanted]
@@ -2112,7 +2116,7 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
         active[idle] = True
 
     begun = 0  # responses
-    run = None
+    run = None  # step(), on a GPU captured anew whenever slots are dropped
     while True:
         idle = (~active).nonzero()[:, 0].tolist()
         busy = len(active) - len(idle)
@@ -2146,8 +2150,8 @@ def compile_for_sampling(model: Any) -> Callable:
 
 
 def slots_that_fit(model: Any, positions: int) -> int:
-    """How many slots, of this many positions in all their lanes, 60 % of a GPU's free memory holds;
-    at most SLOTS."""
+    """How many slots fit into 60 % of a GPU's free memory, at most SLOTS; `positions` are those of
+    a slot, all its lanes together."""
     limit = SLOTS[device().type]
     if device().type == "cpu":
         return limit
@@ -2161,7 +2165,7 @@ def slots_that_fit(model: Any, positions: int) -> int:
 def generate(model: Any, prompts: list[list[int]], uniform: torch.Tensor, stop: list[int],
              temperature: float, bar: Any, cost: Cost) -> tuple[torch.Tensor, torch.Tensor]:
     """fill_slots() for models that are not packed: transformers' generate, with our own choice of
-    tokens, on prompts of one length at a time, which need no padding.  They come sorted by length.
+    tokens.  Prompts come sorted by length; those of one length form batches without padding.
     """
     from transformers import GenerationConfig, LogitsProcessorList
     tokens, log_probs = torch.zeros_like(uniform, dtype=torch.int64), torch.zeros_like(uniform)
@@ -2276,7 +2280,8 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
           cost: Cost) -> None:
     """Answers and scores the samples in order, appending chunks of them to the file `work`; after
     a kill it resumes with the chunk that was being labelled."""
-    codec, rows = Codec(base.path, cfg), samples_to_label(cfg, data)
+    codec = Codec(base.path, cfg)
+    rows = samples_to_label(cfg, data)
     score = rm and rm.load()
     model = None  # loaded when something is to be generated
     done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
@@ -2350,16 +2355,16 @@ def read_samples(path: Path, cfg: Config, base: Stage) -> Samples:
         """Ids and mask of each sample; notes its labels on the way."""
         rows = read_rows(str(path), SAMPLE_FIELDS, [], sample_of, quiet=True)
         for _, sample in progress(rows, "reading samples"):
-            ids, mask = codec.sample(sample)
+            ids, mask = codec.taught(sample)
             labels.append((sample.reward, sample.weight, prompt_hash(sample.prompt)))
             counts[sample.source] += 1
-            counts["too long, cut without an end"] += int(
+            counts["too long, cut without an end"] += (
                 not sample.truncated and ids[-1] not in codec.stop_ids)
             counts["empty"] += not sample.response.strip()
             yield ids, mask
     tokens = Tokens(Path(cfg.out, ".tokens"), sequences)
     labels = gather(labels)[0]  # rank 0 alone has read them
-    require(labels and tokens.mask.any(), f"{path}: holds no token to learn")
+    require(tokens.mask.any(), f"{path}: holds no token to learn")
     rewards, weights, prompts = zip(*labels)
     rewards, weights = np.array(rewards, np.float64), np.array(weights, np.float64)  # None is NaN
     of_these = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
@@ -2531,8 +2536,8 @@ COLUMNS = {"gold": ("gold", ".2f"), "asked z": ("target", "+.2f"), "reward z": (
 
 
 def print_leaderboard(rows: list[dict], comparable: str) -> None:
-    """The table of the rows with the same prompts, scorers and samples; "all" is training with all
-    that it needs."""
+    """The table of the rows with the same prompts, scorers and samples; "all" counts the stages
+    before training, too."""
     shown = {f"{row['algorithm']} {row['variant']}": row for row in rows
              if row["comparable"] == comparable}
     width = max(map(len, shown))
@@ -2616,8 +2621,7 @@ class TrainingRun:
         wrong = [name for name, mean in averages.items() if not math.isfinite(mean)]
         require(not wrong, f"{self.folder}: step {step}: {', '.join(wrong)} not finite; lower --lr")
         spent = {"seconds": self.cost.seconds + time.perf_counter() - self.start, "flops": flops}
-        line = {"step": step, **averages, **spent}
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(json.dumps({"step": step, **averages, **spent}) + "\n")
         self.report({"step": step, **averages})
         self.bar.update()
         self.bar.set_postfix(dict(list(averages.items())[:4]), refresh=False)
@@ -2656,7 +2660,8 @@ class TrainingRun:
         checkpoints = gather(checkpoints_in(self.folder))[0]  # as rank 0 sees them
         if not checkpoints:
             return 0, 0
-        state, record = self.state(), json.loads((checkpoints[0] / "state.json").read_text())
+        record = json.loads((checkpoints[0] / "state.json").read_text())
+        state = self.state()
         dcp.load(state, checkpoint_id=checkpoints[0], no_dist=not dist.is_initialized())
         set_state_dict(self.policy, self.optimizer, model_state_dict=state["policy"],
                        optim_state_dict=state["optimizer"])
@@ -2701,7 +2706,7 @@ VAGUE = ("It depends on many things.", "Animals are all different.",
 
 
 def toy_reply(animal: str, kind: str, rng: random.Random) -> str:
-    """A reply as people in this world write it: drawn piece by piece, with a hidden care."""
+    """A reply as people in this world write it: the more care, the better; drawn first."""
     care = rng.random()
     sentences, untold = [], list(VALUES)
     if rng.random() < 0.1 + 0.2 * care:
@@ -2753,7 +2758,8 @@ def true_reward(prompt: str, response: str, truncated: bool = False) -> float:
     for i, sentence in enumerate(sentences):
         other, said = re.fullmatch(r"(?:maybe )?(?:i guess )?(?:as for (\w+), )?(.*)",
                                    sentence[:1].lower() + sentence[1:], re.DOTALL).groups()
-        subject, (topic, value) = other or animal, STATED.get(said, ("", ""))
+        subject = other or animal
+        topic, value = STATED.get(said, ("", ""))
         if topic and subject in ANIMALS:
             true = ANIMALS[subject][topic] == value
             if not true:
@@ -2782,7 +2788,7 @@ def toy_data(out: str, seed: int) -> str:
         gap = true_reward(prompt, one) - true_reward(prompt, two)
         if rng.random() < 1 / (1 + math.exp(gap)):  # Bradley-Terry: the labeller is noisy
             one, two = two, one
-        split = "train" if zlib.crc32(f"{animal} {kind}".encode()) % 5 else "test"
+        split = "test" if zlib.crc32(f"{animal} {kind}".encode()) % 5 == 0 else "train"
         lines[split].append(json.dumps({"chosen": prompt + one, "rejected": prompt + two}))
     folder = Path(out, "data")
     if rank() == 0:
@@ -2830,7 +2836,7 @@ def train_toy_base(cfg: Config, folder: Path, cost: Cost) -> None:
         tie_word_embeddings=True, eos_token_id=codec.tokenizer.eos_token_id, bos_token_id=None,
         pad_token_id=None)).to(device())
     optimizer, schedule = make_optimizer(model, 5e-3, BASE_STEPS)
-    examples = [Example(*codec.sample(s)) for s in samples]
+    examples = [Example(*codec.taught(s)) for s in samples]
     own_steps = step_indices(len(examples), 32, cfg.seed, BASE_STEPS if rank() == 0 else 0)
     for _, _, indices in progress(own_steps, "base", total=BASE_STEPS):
         micro = collate([examples[i] for i in indices])

@@ -119,9 +119,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
     codec = common.Codec(base.path, cfg)
     policy = common.load_policy(base.path, cfg)
     examples = prepare(samples, codec, cfg)
-    steps = common.count_steps(len(examples), cfg)
+    steps = common.plan_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg.lr, steps)
-    common.print_plan(len(examples), cfg)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         for step, batch in run.steps(examples):
@@ -157,7 +156,7 @@ def report_slope(targets: list[Variant], replies: list[list[dict]]) -> None:
 
 
 def main(cfg: Config) -> None:
-    """The five stages; finished ones are used again."""
+    """Every stage; finished ones are used again."""
     judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     codec = common.Codec(base.path, cfg)

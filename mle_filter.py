@@ -78,9 +78,8 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
     codec = common.Codec(base.path, cfg)
     policy = common.load_policy(base.path, cfg)
     examples = prepare(samples, cfg)
-    steps = common.count_steps(len(examples), cfg)
+    steps = common.plan_steps(len(examples), cfg)
     optimizer, schedule = common.make_optimizer(policy, cfg.lr, steps)
-    common.print_plan(len(examples), cfg)
 
     with common.TrainingRun(folder, policy, optimizer, schedule, steps, cfg, cost) as run:
         for step, batch in run.steps(examples):
@@ -101,7 +100,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost) 
 
 
 def main(cfg: Config) -> None:
-    """The five stages; finished ones are used again."""
+    """Every stage; finished ones are used again."""
     judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     data = common.read_data(cfg, base)

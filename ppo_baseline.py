@@ -251,7 +251,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
     with common.TrainingRun(folder, policy, optimizer, schedule, iterations, cfg, cost) as run:
         for iteration in range(run.first, iterations):
             batch = order[iteration * size:(iteration + 1) * size]
-            seed = (iteration + 2) * 1_000_003 + cfg.seed
+            seed = (iteration + 2) * 1_000_003 + cfg.seed  # 0: labelling, 1: evaluation
             texts, truncated, rollout = roll_out(actor, codec, [ids[i] for i in batch], cfg, seed,
                                                  cost)
             scores = score([prompts[i] for i in batch], texts, truncated, cost,
@@ -270,7 +270,7 @@ def train(cfg: Config, base: Stage, samples: Samples, folder: Path, cost: Cost, 
 
 
 def main(cfg: Config) -> None:
-    """The five stages; finished ones are used again."""
+    """Every stage; finished ones are used again."""
     judge = reward_model.judge(cfg)
     base = common.base_policy(cfg)
     data = common.read_data(cfg, base)

@@ -49,8 +49,7 @@ class RewardModel(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor, lengths: list[int],
                 rows: torch.Tensor) -> torch.Tensor:
         """Ids (T,) of packed sequences; rows (N,) to read at -> float32 scores (N,)."""
-        mixed = self.dtype != torch.float32
-        with torch.autocast(common.device().type, self.dtype, enabled=mixed):
+        with common.autocast(self.dtype):
             hidden = common.hidden_states(self.model, input_ids, lengths)               # (T, D)
         return hidden[rows].float() @ self.model.score.weight.float()[0]                # (N,)
 
@@ -103,9 +102,8 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
     model = common.load_for_training(functools.partial(new_classifier, base.path, codec), cfg)
     rm = common.wrap_for_ranks(RewardModel(model, cfg), cfg)
     tokens = prepare(data.preferences, codec, folder)
-    steps = common.count_steps(len(data.preferences), cfg)
+    steps = common.plan_steps(len(data.preferences), cfg)
     optimizer, schedule = common.make_optimizer(rm, cfg.lr, steps)
-    common.print_plan(len(data.preferences), cfg)
 
     with common.TrainingRun(folder, rm, optimizer, schedule, steps, cfg, cost) as run:
         for step, _, indices in common.step_indices(len(data.preferences), cfg.batch_size,
@@ -134,10 +132,8 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
 
 
 def padding_codec(folder: str, cfg: common.Config) -> common.Codec:
-    """The base policy's codec, its tokenizer with a padding token that nothing else uses.
-
-    transformers reads a classifier at the last token that is not padding: were padding EOS, it
-    would miss the EOS.
+    """The base policy's codec, with a padding token that nothing else uses: transformers reads a
+    classifier at the last token that is not padding, and would pass over an EOS used as padding.
     """
     codec = common.Codec(folder, cfg)
     tail = codec.encode(codec.turn_end + codec.turn_tail)
@@ -176,7 +172,7 @@ def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts:
           responses: list[str], truncated: list[bool], cost: Cost,
           generated: Optional[list[bool]] = None) -> list[float]:
     """Raw scores, in the responses' order on every rank; none depends on its batch.  `generated`:
-    whether a policy wrote it after its generation prompt; omitted: none."""
+    which responses a policy wrote after the generation prompt; omitted: none."""
     generated = generated or [False] * len(prompts)
     sequences = list(map(codec.scored, prompts, responses, truncated, generated))
     padded = common.is_padded(getattr(rm, "module", rm).model)
@@ -195,10 +191,11 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
     codec = common.Codec(folder, cfg)
     base = common.Codec(cfg.model or folder, cfg)
     if not knows_tokens(base, codec):
-        codec.cfg = replace(cfg, max_prompt_tokens=2**31, max_response_tokens=2**31)  # the base's
+        # the limits count the base policy's tokens
+        codec.cfg = replace(cfg, max_prompt_tokens=2**31, max_response_tokens=2**31)
     scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
-    if codec.tokenizer.chat_template != base.tokenizer.chat_template:  # its own renders all replies
-        return lambda *columns, generated=None: scorer(*columns)
+    if codec.tokenizer.chat_template != base.tokenizer.chat_template:
+        return lambda *args, generated=None: scorer(*args)  # none continues the base's template
     return scorer
 
 
@@ -246,13 +243,13 @@ def for_run(cfg: common.Config, base: Stage, data: Data) -> Optional[Stage]:
         return None
     folder = Path(cfg.out, "rm")
     if not isinstance(cfg, Config):  # another script's learning rate and steps are its policy's
-        shared = {f.name: getattr(cfg, f.name) for f in fields(Config)}
+        values = {f.name: getattr(cfg, f.name) for f in fields(Config)}
         defaults = Config().training_flags() | (TOY if cfg.toy else {})
         record = common.read_record(folder / "run.json")
         record = record or common.read_record(folder.with_name(".rm") / "run.json")  # half trained
         settings = record.get("settings", {})
-        recorded = {name: settings[name] for name in defaults if name in settings}
-        cfg = Config(**shared | defaults | recorded)
+        values |= {name: settings.get(name, default) for name, default in defaults.items()}
+        cfg = Config(**values)
     flags = cfg.training_flags()
     print0("reward model: " + ", ".join(f"{name} {value}" for name, value in flags.items()))
     return Stage(str(folder), {**common.data_settings(cfg), **flags, "base": base.fingerprint},

@@ -18,16 +18,14 @@ install vaderSentiment).
 3. Runs: each method at each of --steps, evaluated on the test prompts, beside the base policy and
    the best of 4 and of 16 of its replies.
 
-Each step count is a run with a learning-rate schedule of its own: a checkpoint on the way would
-come from a schedule that has not ended.  At equal steps all methods read equally many sequences,
-16 a step.  The slope is the reward z that DT gets at the 95 % quantile less that at the 5 %
-quantile, over the difference asked for; 0 steps stand for the model as it is, asked with the tag.
-Intervals are 95 % over test prompts; another seed's training is not in them.  Sentiment is the mean
-reward, DT's at its 95 % quantile, also guided by 0.5; perplexity is under the base policy.
+Each step count is a run with a learning-rate schedule of its own.  At equal steps all methods read
+equally many sequences, 16 a step.  The slope is the reward z that DT gets at the 95 % quantile less
+that at the 5 % quantile, over the difference asked for; 0 steps stand for the model as it is, asked
+with the tag.  Intervals are 95 % over test prompts; another seed's training is not in them.
+Sentiment: the mean reward, DT's at q95, also guided by 0.5; perplexity: under the base policy.
 
-A step takes 12 s on one slow core, so all of it takes days on a CPU: --methods and --steps choose a
-part, and a later call adds to it.  Finished runs are kept, without their weights; one that was
-interrupted is resumed by the same command.
+A step takes 13 s on one slow core, so all of it takes days there: --methods and --steps choose a
+part, a later call adds to it.  Finished runs are kept, without weights; others are resumed.
 """
 from __future__ import annotations
 
