@@ -817,8 +817,8 @@ def column_names(columns: list[str]) -> dict[str, list[str]]:
     names = {}
     for entry in columns:
         name, _, theirs = entry.partition("=")
-        require(theirs and name in FIELDS and name not in names, "--columns takes ours=theirs, ours "
-                f"one of {', '.join(FIELDS)}, each once; not {entry!r}")
+        require(theirs and name in FIELDS and name not in names, "--columns takes ours=theirs, "
+                f"ours one of {', '.join(FIELDS)}, each once; not {entry!r}")
         names[name] = theirs.split("+")
     return names
 
