@@ -32,6 +32,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Literal, NamedTuple, Optional
 
@@ -127,7 +128,8 @@ def launch(main: Callable, config_class: type, args: Optional[list[str]] = None)
         if world_size() > 1:
             if torch.cuda.is_available():
                 torch.cuda.set_device(device())
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                    timeout=timedelta(hours=2))  # rank 0 loads or reads alone
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
         with open(Path(cfg.out, ".lock"), "w") as lock:
             if rank() == 0:
@@ -1339,7 +1341,9 @@ def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.
         return kv_step.attend(module, query, key, value, scaling, sliding_window, cu_seq_lens_q,
                               max_length_q), None
     window = sliding_window or 2**31  # none: longer than any sequence
-    if cu_seq_lens_q is not None and query.is_cuda and value.dtype.itemsize == 2:  # flash's types
+    dim = query.shape[3]
+    fits_flash = value.dtype.itemsize == 2 and dim == value.shape[3] and dim <= 256 and dim % 8 == 0
+    if cu_seq_lens_q is not None and query.is_cuda and fits_flash:
         from torch.nn.attention.varlen import varlen_attn
         q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # (T, ., D)
         group = query.shape[1] // key.shape[1]  # heads that share a key
@@ -1449,7 +1453,7 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
     theirs = torch.cat(alone)
     error = (ours - theirs).float().norm() / theirs.float().norm()
     exact = model.dtype == torch.float32 and model.device.type == "cpu"
-    return None if error < (1e-4 if exact else 0.05) else "it reads packed sequences differently"
+    return None if error < (1e-4 if exact else 0.1) else "it reads packed sequences differently"
 
 
 def token_influence(model: Any, read: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
@@ -1543,7 +1547,8 @@ def check_linear_head(name: str, model: Any) -> None:
     require(type(head) is torch.nn.Linear and head.bias is None,
             f"{name}: the fused loss needs an output head that is a linear layer without a bias")
     ids = probe_ids(model, 8)
-    ours = logits_of(model, hidden_states(model, ids, [8]))
+    hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    ours = logits_of(model, hidden)
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
     size = float(theirs.abs().max())
     require(math.isfinite(size) and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3 * size),
@@ -1689,6 +1694,7 @@ def wrap_for_ranks(module: torch.nn.Module, cfg: Config, *methods: str) -> torch
         if world_size() == 1:
             return module
         gpu = [device()] if device().type == "cuda" else None
+        torch._dynamo.config.optimize_ddp = False  # it would split the blocks' graphs
         return torch.nn.parallel.DistributedDataParallel(module, device_ids=gpu,
                                                          gradient_as_bucket_view=True)
     from torch.distributed import fsdp
@@ -2006,7 +2012,7 @@ class DecodeStep:
                     window_size_left=left, window_size_right=right,
                     seqused_k=self.used)[0][:, None]
             except Exception as problem:
-                print0(f"  the sampler runs without flash attention ({problem})")
+                print_once(f"  the sampler runs without flash attention ({problem})")
                 cache.flash = False
         seen = (self.age >= 0) & (self.age < (window or cache.length))          # (L, width)
         keys, values = (x[:, :seen.shape[1]].transpose(1, 2) for x in (keys, values))
@@ -2075,8 +2081,8 @@ def fill_slots(model: Any, contexts: list[list[list[int]]], uniform: torch.Tenso
     lanes_each = 2 if guidance else 1
     sizes = [len(prompt) for context in contexts for prompt in context]
     longest = limit + max(sizes, default=0)
-    pick = compile_for_sampling(model) if gpu else choose
     slots = min(n, slots_that_fit(model, lanes_each * longest))
+    pick = compile_for_sampling(model) if gpu else choose
     cache = KVCache(lanes_each * slots, longest)
 
     # Of responses: prompt_length, last (n, lanes_each); length (n,); tokens, log_probs (n, limit)
@@ -2159,6 +2165,7 @@ def slots_that_fit(model: Any, positions: int) -> int:
     tiny.read_prompts(model, {(0, 0): [0]})
     slot_bytes = positions / 2 * sum(x.nbytes for pair in tiny.layers.values() for x in pair)
     free = torch.cuda.mem_get_info()[0]
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # torch's own cache
     return min(limit, max(1, int(0.6 * free / slot_bytes)))
 
 

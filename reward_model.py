@@ -127,8 +127,9 @@ def train(cfg: Config, base: Stage, data: Data, folder: Path, cost: Cost) -> dic
     card = (f"# A Bradley-Terry reward model\n\nTrained from `{base.path}`.  Load it by "
             "`AutoModelForSequenceClassification`: its logit, read at the last token (EOS, or what "
             "the chat template writes last), is the score.\n")
-    common.save_folder(folder, model, codec, cfg, card)
-    return {"report": report(data.held_out_preferences, functools.partial(score, rm, codec, cfg))}
+    measured = report(data.held_out_preferences, functools.partial(score, rm, codec, cfg))
+    common.save_folder(folder, model, codec, cfg, card)  # last: it casts the model
+    return {"report": measured}
 
 
 def padding_codec(folder: str, cfg: common.Config) -> common.Codec:

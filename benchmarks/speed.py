@@ -325,7 +325,7 @@ def generate(model: Any, prompts: list[list[int]], new_tokens: int, **how: Any) 
     starts = torch.tensor([[width - len(p)] for p in prompts], device=model.device)
     how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
     model.set_attn_implementation("sdpa")  # ours knows no padding
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # our sampler compiles
         ids = model.generate(padded, attention_mask=torch.arange(width, device=model.device)
                              >= starts, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0,
                              **how)
