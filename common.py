@@ -996,7 +996,7 @@ def preference_of(row: dict) -> Preference:
     require({"chosen", "rejected"} <= row.keys(), "the field 'chosen' or 'rejected' is missing")
     given, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     both = (chosen, rejected)
-    if all(isinstance(text, str) for text in (given, *both)):
+    if given and all(isinstance(text, str) for text in (given, *both)):
         end = len(given.rstrip())  # a word that goes on is no repeat: "Hi" and "High"
         if all(text.startswith(given) and text[end:end + 1].isspace() for text in both):
             print_once("  prompts that chosen and rejected repeat are read once")
@@ -1433,8 +1433,9 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
     since attention() is told where each begins."""
     windows = layer_windows(model.config.get_text_config())
 
-    def read_two(ids: list[int]) -> torch.Tensor:
-        return KVCache(2, 2).read_prompts(model, {tuple(ids[:2]): [0], tuple(ids[2:]): [1]})
+    def read_two(ids: torch.Tensor) -> torch.Tensor:
+        one, other = map(tuple, ids.view(2, 2).tolist())
+        return KVCache(2, 2).read_prompts(model, {one: [0], other: [1]})
     influence = token_influence(model, read_two)
     if influence[2:, :2].any() or influence[:2, 2:].any():
         return "it mixes tokens where nothing tells it which sequence each belongs to"
@@ -1446,19 +1447,19 @@ def packing_obstacle(model: Any, pair: tuple, alone: list[torch.Tensor]) -> Opti
         packed = cache.read_prompts(model, prompts)                                     # (T - 2, D)
         last = cache.decode(model, torch.stack([a[-1], b[-1]]),
                             torch.tensor(ends, device=a.device))                        # (2, D)
-    if cache.windows != windows:
+    if list(cache.windows.values()) != windows:
         return "its attention layers are not those of its config, or have other windows"
     first, second = packed.split(ends)
     ours = torch.cat([first, last[:1], second, last[1:]])
     theirs = torch.cat(alone)
     error = (ours - theirs).float().norm() / theirs.float().norm()
     exact = model.dtype == torch.float32 and model.device.type == "cpu"
-    return None if error < (1e-4 if exact else 0.1) else "it reads packed sequences differently"
+    return None if error < (1e-4 if exact else 0.05) else "it reads packed sequences differently"
 
 
-def token_influence(model: Any, read: Callable[[list[int]], torch.Tensor]) -> torch.Tensor:
+def token_influence(model: Any, read: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The size of d hidden state t / d input embedding s at [t, s], (T, T), where read() gives the
-    hidden states (T, D) of T = 4 token ids."""
+    hidden states (T, D) of ids (T,), T = 4."""
     embedded = []
 
     def cut(layer: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -1467,7 +1468,7 @@ def token_influence(model: Any, read: Callable[[list[int]], torch.Tensor]) -> to
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            hidden = read(probe_ids(model, 4).tolist()).float()                         # (T, D)
+            hidden = read(probe_ids(model, 4)).float()                                  # (T, D)
     finally:
         hook.remove()
     # a plain sum would be constant after a LayerNorm
@@ -1492,8 +1493,7 @@ def layer_windows(config: Any) -> list[Optional[int]]:
 
 def check_causal(name: str, model: Any) -> None:
     """Raises BadInput if a token's hidden state depends on a later token."""
-    def read(ids: list[int]) -> torch.Tensor:
-        return hidden_states(model, torch.tensor(ids, device=model.device), [len(ids)])
+    read = functools.partial(hidden_states, model, lengths=[4])
     require(not token_influence(model, read).triu(1).any(),
             f"{name}: its attention looks ahead, so it is no causal language model")
 
@@ -1547,6 +1547,7 @@ def check_linear_head(name: str, model: Any) -> None:
     require(type(head) is torch.nn.Linear and head.bias is None,
             f"{name}: the fused loss needs an output head that is a linear layer without a bias")
     ids = probe_ids(model, 8)
+    # not packed: the model's own forward below is not, and other kernels round otherwise
     hidden = body_of(model)(input_ids=ids[None], use_cache=False).last_hidden_state[0]
     ours = logits_of(model, hidden)
     theirs = model(input_ids=ids[None], use_cache=False).logits[0].float()
@@ -1916,7 +1917,7 @@ class KVCache:
     def __init__(self, lanes: int, length: int):
         self.lanes, self.length = lanes, length
         self.layers: dict[Any, list[torch.Tensor]] = {}  # layer -> keys, values (L, S, heads, D)
-        self.windows: list[Optional[int]] = []           # sliding windows of the same layers
+        self.windows: dict[Any, Optional[int]] = {}      # the same layers' sliding windows
         self.flash = device().type == "cuda"             # until its kernel fails
 
     def store(self, layer: Any, key: torch.Tensor, value: torch.Tensor, lanes: torch.Tensor,
@@ -1940,6 +1941,7 @@ class KVCache:
                 positions.append(span)
                 sources.append(start + span)
             start += len(prompt)
+        self.windows = {}     # noted anew in each forward
         where = model.device  # rank 0 probes a model to be sharded on its CPU
         step = PromptStep(self, *(torch.cat(x).to(where) for x in (lanes, positions, sources)))
         ids = torch.tensor(list(itertools.chain(*prompts)), device=where)                   # (T,)
@@ -1972,8 +1974,9 @@ class PromptStep:
                scale: Optional[float], window: Optional[int], ends: torch.Tensor,
                longest: int) -> torch.Tensor:
         """attention() of packed prompts to themselves, whose keys and values are stored."""
-        if layer not in self.cache.layers:
-            self.cache.windows.append(window)
+        if layer in self.cache.windows:  # its second call would overwrite the first one's keys
+            raise TypeError("it calls an attention layer several times in a forward")
+        self.cache.windows[layer] = window
         self.cache.store(layer, key, value, self.lanes, self.positions, self.sources)
         return attention(layer, query, key, value, None, scale, sliding_window=window,
                          cu_seq_lens_q=ends, max_length_q=longest)[0]

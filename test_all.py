@@ -1021,7 +1021,7 @@ def test_a_saved_policy_is_an_ordinary_folder_that_says_the_same(name, tmp_path)
                                    own(input_ids=ids.to(DEVICE)).logits.cpu(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("fault, why", [("leak", "mixes tokens"), ("twice", "not those of")])
+@pytest.mark.parametrize("fault, why", [("leak", "mixes tokens"), ("twice", "several times")])
 def test_a_model_that_would_carry_one_sequence_into_the_next_is_padded(fault, why, capsys):
     """By structure, not by size: a leak of a billionth is one."""
     model = tiny_model(dtype=torch.float32)
