@@ -1,8 +1,7 @@
 """Does a real model follow a reward tag, after how many steps, and by which samples?
 
-    python benchmarks/real_model.py --model SMOLLM2 --tune  # learning rates
     python benchmarks/real_model.py --model SMOLLM2
-    python benchmarks/real_model.py --model SMOLLM2 --methods dt_word_4 rwr --steps 100 200
+    python benchmarks/real_model.py --model SMOLLM2 --methods dt_word_4 --steps 200 --lr 3e-4 1e-3
     python benchmarks/real_model.py --report                # the table of what has run
     python benchmarks/real_model.py --mini --out runs/mini  # a test, not a result
 
@@ -12,11 +11,10 @@ test.  The reward of a reply is sentiment(), VADER's score of its words (Hutto &
 install vaderSentiment).
 
 1. Replies: the model answers each training prompt 20 times, in 24 tokens: 5,280 samples.
-2. Learning rates, --tune: each of three for each method, at 200 steps.  The best on the tuning
-   prompts, by slope for DT and by sentiment for the others, is used at all step counts.  DT is
-   tuned with emphasis 2, which decides for 0 and 4 too.  A method that is not tuned takes 1e-4.
-3. Runs: each method at each of --steps, evaluated on the test prompts, beside the base policy and
-   the best of 4 and of 16 of its replies.
+2. Runs: each method, for each of --steps, at each of --lr.  Each policy is evaluated on the tuning
+   and on the test prompts: the learning rate to believe is the one that did best on the tuning
+   prompts, by slope for DT and by sentiment for the others; all the rest is of the test prompts.
+3. The base policy, and the best of 4 and of 16 of its replies.
 
 Each step count is a run with a learning-rate schedule of its own.  At equal steps all methods read
 equally many sequences, 16 a step.  The slope is the reward z that DT gets at the 95 % quantile less
@@ -24,8 +22,9 @@ that at the 5 % quantile, over the difference asked for; 0 steps stand for the m
 with the tag.  Intervals are 95 % over test prompts; another seed's training is not in them.
 Sentiment: the mean reward, DT's at q95, also guided by 0.5; perplexity: under the base policy.
 
-A step takes 13 s on one slow core, so all of it takes days there: --methods and --steps choose a
-part, a later call adds to it.  Finished runs are kept, without weights; others are resumed.
+A step takes 12 s on one slow core, so all of it takes days there: --methods, --steps and --lr
+choose a part, a later call adds to it.  Finished runs are kept, without weights; others are
+resumed.
 """
 from __future__ import annotations
 
@@ -84,7 +83,6 @@ for tag in ("digit", "word"):
     for emphasis in (0, 2, 4):
         METHODS[f"dt_{tag}_{emphasis}"] = [
             "dt.py", "--reward_format", tag, "--emphasis", emphasis, "--target", "q5", "q95"]
-RATES, TUNING_STEPS, UNTUNED_RATE = (3e-5, 1e-4, 3e-4), 200, 1e-4
 BATCH_SIZE = 16
 REWARD = f"{Path(__file__).resolve()}:sentiment"
 
@@ -96,7 +94,7 @@ class Config:
     out: str = flag("runs/real_model", "folder of the runs and of rows.jsonl")
     methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
     steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps, a run each; 0: as it is")
-    tune: bool = flag(False, "first try learning rates on the tuning prompts")
+    lr: list[float] = flag([1e-4, 3e-4, 1e-3], "learning rates, a run each")
     jobs: int = flag(2, "runs at a time, each on one CPU thread")
     report: bool = flag(False, "run nothing: print the table of what has run")
     mini: bool = flag(False, "a tiny model and a handful of prompts: a test of this script")
@@ -107,19 +105,19 @@ class Config:
         common.require(set(self.methods) <= set(METHODS),
                        f"--methods: choose from {', '.join(METHODS)}")
         if self.mini:
-            self.methods, self.steps, self.jobs, self.tune = ["filter", "dt_word_2"], [2], 1, True
+            self.methods, self.jobs = ["filter", "dt_word_2"], 1
+            self.steps, self.lr = [0, 2], [1e-4]
 
 
 class Cell(NamedTuple):
     """A policy to train and to evaluate."""
-    split: str  # of its held-out prompts, "tuning" or "test"
     method: str
     steps: int
     lr: float
 
     def folder(self, cfg: Config) -> Path:
         """The folder of its run."""
-        return Path(cfg.out, self.split, f"{self.method}-{self.steps}-{self.lr:g}")
+        return Path(cfg.out, f"{self.method}-{self.steps}-{self.lr:g}")
 
 
 def shared_flags(cfg: Config) -> dict:
@@ -130,10 +128,10 @@ def shared_flags(cfg: Config) -> dict:
 
 def write_replies(cfg: Config) -> None:
     """The base policy's replies to the training prompts (of which a share of 1e-9, none, is held
-    out), with their rewards; and a folder of them with the held-out prompts of each split."""
-    prompts, out = split_prompts(cfg), Path(cfg.out)
-    lines = {split: [json.dumps({"prompt": prompt}) for prompt in each]
-             for split, each in prompts.items()}
+    out), with their rewards; a folder of them beside the prompts of tuning and test."""
+    out = Path(cfg.out)
+    lines = {split: [json.dumps({"prompt": prompt}) for prompt in prompts]
+             for split, prompts in split_prompts(cfg).items()}
     common.write_beside(out / "prompts.jsonl", lines["train"])
     own = common.Config(**shared_flags(cfg), samples=str(out / "prompts.jsonl"), eval_prompts=0,
                         samples_per_prompt=3 if cfg.mini else 20, held_out=1e-9,
@@ -143,17 +141,17 @@ def write_replies(cfg: Config) -> None:
     rm = reward_model.for_run(own, base, data)
     common.build_stages(own, common.labelled_samples(own, base, data, rm))
     samples = (out / "replies" / "samples.jsonl").read_text().splitlines()
-    for split in ("tuning", "test"):
-        common.write_beside(out / split / "data" / "train.jsonl", samples)
-        common.write_beside(out / split / "data" / "test.jsonl", lines[split])
+    common.write_beside(out / "data" / "train.jsonl", samples)
+    common.write_beside(out / "data" / "test.jsonl", lines["tuning"] + lines["test"])
 
 
 def train(cell: Cell, cfg: Config) -> Cell:
     """Trains and evaluates a cell's policy by the project's script; returns the cell."""
     script, *own = METHODS[cell.method]
     steps, lr = (cell.steps, cell.lr) if cell.steps else (1, 1e-12)  # no weight moves
-    flags = {**shared_flags(cfg), "samples": Path(cfg.out, cell.split, "data"), "judge": REWARD,
-             "lr": lr, "steps": steps, "eval_prompts": 2 * len(split_prompts(cfg)[cell.split])}
+    prompts = split_prompts(cfg)
+    flags = {**shared_flags(cfg), "samples": Path(cfg.out, "data"), "judge": REWARD, "lr": lr,
+             "steps": steps, "eval_prompts": 2 * len(prompts["tuning"] + prompts["test"])}
     own += [text for name, value in flags.items() for text in (f"--{name}", value)]
     run_script(cell.folder(cfg), script, *own)
     return cell
@@ -178,21 +176,35 @@ def summary(replies: list[dict]) -> dict:
             "perplexity": math.exp(-log_prob / tokens)}
 
 
-def evaluated(cell: Cell, cfg: Config) -> dict:
-    """A row: what a cell's policy says to held-out prompts, as the script has evaluated it."""
-    folder = cell.folder(cfg)
-    replies = {file.stem: read_rows(file) for file in (folder / "evaluation").glob("*.jsonl")}
-    del replies["base"]
-    row = {**cell._asdict(), **machine()}
-    if not cell.method.startswith("dt"):
+def replies_to(prompts: list, folder: Path) -> dict[str, list[dict]]:
+    """The replies to these prompts that a run's evaluation holds, by the name of their file."""
+    keys = {common.prompt_key(prompt) for prompt in prompts}
+    return {file.stem: [reply for reply in read_rows(file)
+                        if common.prompt_key(reply["prompt"]) in keys]
+            for file in (folder / "evaluation").glob("*.jsonl") if file.stem != "base"}
+
+
+def measured(replies: dict[str, list[dict]], folder: Path) -> dict:
+    """What a run's replies show, DT's with its slope."""
+    if len(replies) == 1:
         only, = replies.values()
-        return {**row, **summary(only)}
+        return summary(only)
     target = {entry["variant"]: entry["target"]
               for entry in read_rows(folder / "leaderboard.jsonl")}
     low, high = (by_prompt(replies[f"dt_target_{name}"], "reward") for name in ("q5", "q95"))
     slope = (high - low) / (target["target q95"] - target["target q5"])                 # (P,)
-    return {**row, "slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
+    return {"slope": mean_and_half(slope), **summary(replies["dt_target_q95"]),
             "guided": summary(replies["dt_target_q95_guidance_0.5"])}
+
+
+def evaluated(cell: Cell, cfg: Config) -> dict:
+    """A row: what a cell's policy says to the test prompts, and what decides about its learning
+    rate, by the tuning prompts."""
+    folder, prompts = cell.folder(cfg), split_prompts(cfg)
+    tuning, test = (measured(replies_to(prompts[split], folder), folder)
+                    for split in ("tuning", "test"))
+    return {**cell._asdict(), **machine(), "tuning": tuning.get("slope", tuning["sentiment"]),
+            **test}
 
 
 def best_of_n(cfg: Config) -> list[dict]:
@@ -212,7 +224,7 @@ def best_of_n(cfg: Config) -> list[dict]:
     rows = []
     for name, n in ("base", 1), ("best of 4", 4), ("best of 16", 16):
         best = [max(each, key=lambda reply: reply["gold"]) for each in zip(*drawn[:n])]
-        rows.append({**Cell("test", name, 0, 0.0)._asdict(), **machine(), **summary(best)})
+        rows.append({**Cell(name, 0, 0.0)._asdict(), **machine(), **summary(best)})
     return rows
 
 
@@ -234,33 +246,17 @@ def run(cells: list[Cell], cfg: Config) -> None:
                        if name in row), flush=True)
 
 
-def tuned_as(method: str) -> str:
-    """The method whose grid decides for this one: emphasis 2 for 0 and 4."""
-    return method[:-1] + "2" if method.startswith("dt") else method
-
-
-def best_rate(method: str, cfg: Config) -> float:
-    """The learning rate of the grid that did best on the tuning prompts; 1e-4 if none was tried."""
-    tried = [row for row in finished(cfg)
-             if (row["split"], row["method"]) == ("tuning", tuned_as(method))]
-    best = max(tried, key=lambda row: row.get("slope", row["sentiment"])[0], default={})
-    return best.get("lr", UNTUNED_RATE)
-
-
 def cells_to_train(cfg: Config) -> list[Cell]:
-    """Each method at each step count, those with few steps first."""
-    cells = []
-    for steps in sorted(cfg.steps):
-        for method in cfg.methods:
-            if steps:
-                cells.append(Cell("test", method, steps, best_rate(method, cfg)))
-            elif method in ("dt_digit_0", "dt_word_0"):  # untrained, emphasis changes nothing
-                cells.append(Cell("test", method, 0, 0.0))
-    return cells
+    """Each method at each step count and learning rate, those with few steps first.  What steps do
+    not change, an untrained DT, is evaluated once for each format of the tag."""
+    trained = [Cell(method, steps, lr) for steps in sorted(cfg.steps) if steps
+               for method in cfg.methods for lr in cfg.lr]
+    formats = {method[:-1] + "0" for method in cfg.methods if method.startswith("dt")}
+    return [Cell(method, 0, 0.0) for method in sorted(formats) if 0 in cfg.steps] + trained
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: the test prompts' rows, by steps and method."""
+    """Markdown: what has run, by steps."""
     def shown(pair: Optional[list[float]]) -> str:
         return f"{pair[0]:.2f} ± {pair[1]:.2f}" if pair else ""
     lines = []
@@ -268,8 +264,9 @@ def table(rows: list[dict]) -> str:
         guided = row.get("guided", {})
         lines.append({
             "steps": row["steps"], "method": row["method"], "lr": f"{row['lr']:g}",
-            "slope": shown(row.get("slope")), "sentiment": shown(row["sentiment"]),
-            "perplexity": f"{row['perplexity']:.1f}", "guided": shown(guided.get("sentiment")),
+            "tuning": shown(row.get("tuning")), "slope": shown(row.get("slope")),
+            "sentiment": shown(row["sentiment"]), "perplexity": f"{row['perplexity']:.1f}",
+            "guided": shown(guided.get("sentiment")),
             "its perplexity": f"{guided['perplexity']:.1f}" if guided else ""})
     return markdown(lines)
 
@@ -282,12 +279,8 @@ def measure(cfg: Config) -> None:
         words = " good great happy love nice bad sad hate awful terrible" * 9
         cfg.model = tiny_base(f"{cfg.out}/tiny", [words], template="{% for m in messages %}"
                               "{{ m['content'] + eos_token }}{% endfor %}").path
-    if not Path(cfg.out, "test", "data", "test.jsonl").exists():
+    if not Path(cfg.out, "data", "test.jsonl").exists():
         write_replies(cfg)
-    steps, rates = (1, RATES[-1:]) if cfg.mini else (TUNING_STEPS, RATES)
-    if cfg.tune:
-        run([Cell("tuning", method, steps, lr)
-             for method in dict.fromkeys(map(tuned_as, cfg.methods)) for lr in rates], cfg)
     run(cells_to_train(cfg), cfg)
     if not any(row["method"] == "base" for row in finished(cfg)):
         append_rows(Path(cfg.out, "rows.jsonl"), best_of_n(cfg))
@@ -297,7 +290,7 @@ def main(cfg: Config) -> None:
     """Runs what is missing; prints the table."""
     if not cfg.report:
         measure(cfg)
-    rows = [row for row in finished(cfg) if row["split"] == "test"]
+    rows = finished(cfg)
     common.require(rows, f"{cfg.out}: no row yet")
     print(f"\n{rows[-1]['date']}, commit {rows[-1]['commit']}, {rows[-1]['cpu']}; "
           f"{BATCH_SIZE} sequences a step; mean ± half of the 95 % interval over prompts\n")
