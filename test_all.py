@@ -5,7 +5,6 @@ Offline, on tiny models, in a few minutes:  python -m pytest test_all.py
 import fcntl
 import functools
 import gzip
-import importlib.util
 import itertools
 import json
 import math
@@ -150,9 +149,7 @@ def make_run(folder):
                           "--steps", "8", "--samples_per_prompt", "1", "--target", "-1", "0", "q99")
 
 
-BENCHMARKS = ["compare", "crossover", "random_walks", "speed", "one_pair"]
-if importlib.util.find_spec("vaderSentiment"):
-    BENCHMARKS += ["real_model"]
+BENCHMARKS = ["compare", "crossover", "random_walks", "real_model", "speed", "one_pair"]
 
 
 def make_miniatures(folder):

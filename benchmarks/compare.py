@@ -62,8 +62,8 @@ class Config:
 
 
 def start(main: Callable, kind: type) -> None:
-    """Runs main(cfg), cfg of this kind from the command line; unusable input becomes one line and
-    status 2."""
+    """Runs main(cfg), cfg of this kind from the command line; unusable input or a package that is
+    missing becomes one line and status 2."""
     from transformers import HfArgumentParser
     about = (sys.modules[kind.__module__].__doc__ or "").split("\n\n")[0]
     parser = HfArgumentParser(kind, allow_abbrev=False, description=about)
@@ -72,7 +72,7 @@ def start(main: Callable, kind: type) -> None:
         common.quieten_libraries()
         torch.backends.cuda.enable_cudnn_sdp(False)  # as the scripts do
         main(cfg)
-    except common.BadInput as problem:
+    except (common.BadInput, ModuleNotFoundError) as problem:
         print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
         sys.exit(2)
 

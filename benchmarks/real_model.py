@@ -22,9 +22,8 @@ that at the 5 % quantile, over the difference asked for; 0 steps stand for the m
 with the tag.  Intervals are 95 % over test prompts; another seed's training is not in them.
 Sentiment: the mean reward, DT's at q95, also guided by 0.5; perplexity: under the base policy.
 
-A step takes 12 s on one slow core, so all of it takes days there: --methods, --steps and --lr
-choose a part, a later call adds to it.  Finished runs are kept, without weights; others are
-resumed.
+A step takes 12 s on one slow core, so days for all of it: --methods, --steps and --lr choose, and a
+later call adds to the table.  Finished runs are kept, without weights; others are resumed.
 """
 from __future__ import annotations
 
@@ -76,6 +75,11 @@ def sentiment(prompts: list, responses: list[str]) -> list[float]:
     return [analyser.polarity_scores(response)["compound"] for response in responses]
 
 
+def good_words(prompts: list, responses: list[str]) -> list[float]:
+    """--mini's reward, which needs no VADER: how many of a response's words are good."""
+    return [float(sum(map(response.split().count, MINI_WORDS[:5]))) for response in responses]
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 METHODS = {"filter": ["mle_filter.py", "--keep", 0.2], "rwr": ["rwr.py"]}
@@ -84,7 +88,8 @@ for tag in ("digit", "word"):
         METHODS[f"dt_{tag}_{emphasis}"] = [
             "dt.py", "--reward_format", tag, "--emphasis", emphasis, "--target", "q5", "q95"]
 BATCH_SIZE = 16
-REWARD = f"{Path(__file__).resolve()}:sentiment"
+REWARD = {False: sentiment, True: good_words}  # by --mini
+MINI_WORDS = "good great happy love nice bad sad hate awful terrible".split()
 
 
 @dataclass
@@ -122,7 +127,8 @@ class Cell(NamedTuple):
 
 def shared_flags(cfg: Config) -> dict:
     """The flags of all that is sampled and trained."""
-    return {"model": cfg.model, "reward_model": REWARD, "max_prompt_tokens": 64,
+    scorer = f"{Path(__file__).resolve()}:{REWARD[cfg.mini].__name__}"
+    return {"model": cfg.model, "reward_model": scorer, "max_prompt_tokens": 64,
             "max_response_tokens": 24, "batch_size": BATCH_SIZE}
 
 
@@ -150,8 +156,9 @@ def train(cell: Cell, cfg: Config) -> Cell:
     script, *own = METHODS[cell.method]
     steps, lr = (cell.steps, cell.lr) if cell.steps else (1, 1e-12)  # no weight moves
     prompts = split_prompts(cfg)
-    flags = {**shared_flags(cfg), "samples": Path(cfg.out, "data"), "judge": REWARD, "lr": lr,
-             "steps": steps, "eval_prompts": 2 * len(prompts["tuning"] + prompts["test"])}
+    shared = shared_flags(cfg)
+    flags = {**shared, "judge": shared["reward_model"], "samples": Path(cfg.out, "data"),
+             "lr": lr, "steps": steps, "eval_prompts": 2 * len(prompts["tuning"] + prompts["test"])}
     own += [text for name, value in flags.items() for text in (f"--{name}", value)]
     run_script(cell.folder(cfg), script, *own)
     return cell
@@ -217,7 +224,7 @@ def best_of_n(cfg: Config) -> list[dict]:
     for seed in range(16):
         replies = common.sample(model, [codec.prompt(prompt) for prompt in prompts], own,
                                 2_000_003 + seed, codec.stop_ids, common.Cost(), 1.0)
-        gold = sentiment([], [codec.decode(reply) for reply in replies])
+        gold = REWARD[cfg.mini]([], [codec.decode(reply) for reply in replies])
         drawn.append([{"prompt": prompt, "gold": score, "tokens": len(reply.ids),
                        "base_log_prob": sum(reply.log_probs)}
                       for prompt, reply, score in zip(prompts, replies, gold)])
@@ -273,11 +280,11 @@ def table(rows: list[dict]) -> str:
 
 def measure(cfg: Config) -> None:
     """Everything before the table, as far as it is missing."""
-    sentiment([], [])  # if VADER is missing, now is the time to say so
+    REWARD[cfg.mini]([], [])  # if VADER is missing, now is the time to say so
     torch.set_num_threads(cfg.jobs)
     if cfg.mini:
-        words = " good great happy love nice bad sad hate awful terrible" * 9
-        cfg.model = tiny_base(f"{cfg.out}/tiny", [words], template="{% for m in messages %}"
+        text = " ".join(MINI_WORDS * 9)
+        cfg.model = tiny_base(f"{cfg.out}/tiny", [text], template="{% for m in messages %}"
                               "{{ m['content'] + eos_token }}{% endfor %}").path
     if not Path(cfg.out, "data", "test.jsonl").exists():
         write_replies(cfg)
