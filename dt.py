@@ -152,7 +152,7 @@ def report_slope(targets: list[Variant], replies: list[list[dict]]) -> None:
     slope, half = np.mean(by_prompt), 1.96 * np.std(by_prompt) / np.sqrt(len(by_prompt))
     print0(f"  slope of z got on asked: {slope:.2f} ± {half:.2f} (95 %, {len(by_prompt)} prompts)")
     if slope + half < 0.2:
-        print0("  the policy barely follows the reward tag: try more --steps, or more --emphasis")
+        print0("  the policy barely follows the reward tag: try more --steps")
 
 
 def main(cfg: Config) -> None:

@@ -82,7 +82,7 @@ class Sizes(NamedTuple):
     tuned_steps: tuple = (60, 120, 200, 600)
     samples: int = 10_000
     few_samples: int = 1_000
-    noise: tuple = (1.0, 2.5)         # sd: labels right on .70 and .60 of pairs
+    noise: tuple = (1.0, 2.5)         # sd: labels right on .71 and .60 of pairs
     lrs: tuple = (1e-3, 3e-3, 1e-2)
     prompts: int = 256                # replies to each target
 
