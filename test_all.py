@@ -531,7 +531,7 @@ def test_dt_writes_the_same_tag_in_training_and_in_sampling_and_learns_the_respo
         assert ids[~mask].tolist() == (
             codec.prompt(f"Human: {i}") + dt.ask_for(f"{z}", samples, codec, cfg).tag_ids)
     ids, mask, *_ = trained.example(0)
-    assert codec.tokenizer.decode(ids[~mask]) == "Human: 0 1", "-1.34 is -3 half steps, 4 the mean"
+    assert codec.tokenizer.decode(ids[~mask]) == "Human: 0 1", "-1.34: 3 half steps below 4"
     assert codec.tokenizer.decode(ids[mask]) == " reply 0" + codec.tokenizer.eos_token
 
 
@@ -554,6 +554,8 @@ def test_dt_emphasis_draws_samples_in_proportion_to_their_distance_from_the_mean
     drawn = np.array([rows.draw(epoch) for epoch in range(20)])                     # (20, 100)
     assert (drawn[3] == rows.draw(3)).all() and (drawn[3] != drawn[4]).any()
     chance = (1 + samples.z(samples.rewards) ** 2) / 200
+    alone = dt.prepare(samples_of(codec, [0] * 999 + [1]), codec, config(dt)).draw(0) == 999
+    assert alone.mean() < 0.1
     assert np.isin(drawn, np.r_[0:9, 90:100]).mean() == pytest.approx(
         chance[[*range(9), *range(90, 100)]].sum(), abs=0.02)
     assert dt.prepare(samples, codec, config(dt, emphasis=0.0)).draw is None, "each once"
@@ -1251,7 +1253,7 @@ def test_data_of_which_nothing_could_be_learnt_are_refused(tmp_path, base):
 # ------------------------------------------------------------------------------------------ flags
 
 FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, "--lr nan", "--lr"),
-         (dt, "--targt 1", "--targt"), (dt, "--target high", "--target"),
+         (dt, "--targt 1", "--targt"), (dt, "--target 95", "--target"),
          (dt, "--condition_dropout 0", "--guidance"), (dt, "--emphasis -1", "--emphasis"),
          (dt, "--steps few", "--steps"), (dt, "--epochs 1 --steps 1", "--epochs"),
          (dt, "--samples s.jsonl", "--samples"), (rwr, "--model m", "--model goes with"),
@@ -1267,7 +1269,7 @@ FLAGS = [(mle_filter, "--keep 0", "--keep"), (rwr, "--beta 0", "--beta"), (rwr, 
 @pytest.mark.parametrize("module, flags, word", FLAGS)
 def test_bad_flags_end_in_one_sentence_and_status_2(module, flags, word, capsys, tmp_path):
     assert word in launched(module, [*flags.split(), "--out", tmp_path / "run"], capsys, 2)
-    assert not list((tmp_path / "run").glob("[!.]*")), "nothing half-written"
+    assert not list((tmp_path / "run").glob("[!.]*"))
 
 
 def test_flags_come_from_a_file_and_the_command_line_wins(tmp_path):
