@@ -100,7 +100,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     """Mean, and half of its 95 % interval by Student's t; NaN where there are too few values."""
     values = np.array(list(values), dtype=np.float64)
     if len(values) < 2:
-        return float(values.sum()) if len(values) else math.nan, math.nan
+        return float(values[0]) if len(values) else math.nan, math.nan
     t = T_QUANTILE[min(len(values) - 2, len(T_QUANTILE) - 1)]
     return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
 
@@ -122,8 +122,8 @@ def markdown(rows: list[dict[Any, Any]]) -> str:
 
 def read_rows(file: Path) -> list[dict]:
     """The rows of a JSONL file, if it exists; a line that a kill broke off is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def append_rows(file: Path, rows: list[dict]) -> None:

@@ -1,26 +1,24 @@
-"""Does a real model follow a reward tag, after how many steps, and by which samples?
+"""Does a real model follow a reward tag, after how many steps, and does --emphasis help?
 
     python benchmarks/real_model.py --model SMOLLM2
     python benchmarks/real_model.py --model SMOLLM2 --methods dt_word_4 --steps 200 --lr 3e-4 1e-3
-    python benchmarks/real_model.py --report                # the table of what has run
-    python benchmarks/real_model.py --mini --out runs/mini  # a test, not a result
+    python benchmarks/real_model.py --report   # the table of what has run
+    python benchmarks/real_model.py --mini     # a test, not a result
 
 SMOLLM2 is SmolLM2-135M-Instruct, as a folder or Hub id.  The prompts, "What do you think of rain?",
-come from a small grammar, under an empty system message, and are split into training, tuning and
-test.  The reward of a reply is sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip
-install vaderSentiment).
+come from a small grammar and are split into training, tuning and test.  The reward of a reply is
+sentiment(), VADER's score of its words (Hutto & Gilbert 2014; pip install vaderSentiment).
 
 1. Replies: the model answers each training prompt 20 times, in 24 tokens: 5,280 samples.
-2. Runs: each method, for each of --steps, at each of --lr.  Each policy is evaluated on the tuning
-   and on the test prompts: the learning rate to believe is the one that did best on the tuning
-   prompts, by slope for DT and by sentiment for the others; all the rest is of the test prompts.
+2. Runs: each method at each of --steps and --lr, 16 sequences a step, each with a learning-rate
+   schedule of its own.  0 steps: the untrained model, asked with DT's tag.
 3. The base policy, and the best of 4 and of 16 of its replies.
 
-Each step count is a run with a learning-rate schedule of its own.  At equal steps all methods read
-equally many sequences, 16 a step.  The slope is the reward z that DT gets at the 95 % quantile less
-that at the 5 % quantile, over the difference asked for; 0 steps stand for the model as it is, asked
-with the tag.  Intervals are 95 % over test prompts; another seed's training is not in them.
-Sentiment: the mean reward, DT's at q95, also guided by 0.5; perplexity: under the base policy.
+The column "tuning" is of the tuning prompts, slope for DT and sentiment for the others: of several
+learning rates, read the row where it is highest.  All else is of the test prompts.  Sentiment: the
+mean reward, DT's at q95, "guided" by 0.5.  Perplexity: under the base policy.  Slope: the reward z
+at q95 less that at q5, over the same difference of the z asked for.  Intervals are 95 % over
+prompts; what another training seed would change is not in them.
 
 A step takes 12 s on one slow core, so days for all of it: --methods, --steps and --lr choose, and a
 later call adds to the table.  Finished runs are kept, without weights; others are resumed.
@@ -75,21 +73,22 @@ def sentiment(prompts: list, responses: list[str]) -> list[float]:
     return [analyser.polarity_scores(response)["compound"] for response in responses]
 
 
+GOOD, BAD = "good great happy love nice".split(), "bad sad hate awful terrible".split()
+
+
 def good_words(prompts: list, responses: list[str]) -> list[float]:
     """--mini's reward, which needs no VADER: how many of a response's words are good."""
-    return [float(sum(map(response.split().count, MINI_WORDS[:5]))) for response in responses]
+    return [float(sum(word in GOOD for word in response.split())) for response in responses]
 
 
 # -------------------------------------------------------------------------------------------- runs
 
-METHODS = {"filter": ["mle_filter.py", "--keep", 0.2], "rwr": ["rwr.py"]}
-for tag in ("digit", "word"):
-    for emphasis in (0, 2, 4):
-        METHODS[f"dt_{tag}_{emphasis}"] = [
-            "dt.py", "--reward_format", tag, "--emphasis", emphasis, "--target", "q5", "q95"]
+METHODS = {"filter": ["mle_filter.py", "--keep", 0.2], "rwr": ["rwr.py"], **{
+    f"dt_{tag}_{emphasis}": ["dt.py", "--reward_format", tag, "--emphasis", emphasis,
+                             "--target", "q5", "q95"]
+    for tag in ("digit", "word") for emphasis in (0, 2, 4)}}
 BATCH_SIZE = 16
-REWARD = {False: sentiment, True: good_words}  # by --mini
-MINI_WORDS = "good great happy love nice bad sad hate awful terrible".split()
+REWARD = {False: sentiment, True: good_words}  # the key is cfg.mini
 
 
 @dataclass
@@ -98,19 +97,21 @@ class Config:
     model: Optional[str] = flag(None, "folder or Hub id of an instruct model")
     out: str = flag("runs/real_model", "folder of the runs and of rows.jsonl")
     methods: list[str] = flag(list(METHODS), f"of {', '.join(METHODS)}")
-    steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps, a run each; 0: as it is")
+    steps: list[int] = flag([0, 100, 200, 400, 800], "optimiser steps; 0: DT's tag, untrained")
     lr: list[float] = flag([1e-4, 3e-4, 1e-3], "learning rates, a run each")
     jobs: int = flag(2, "runs at a time, each on one CPU thread")
-    report: bool = flag(False, "run nothing: print the table of what has run")
-    mini: bool = flag(False, "a tiny model and a handful of prompts: a test of this script")
+    report: bool = flag(False, "run nothing: print the table of all that has run")
+    mini: bool = flag(False, "a tiny model, two methods, two steps: a test of this script")
 
     def __post_init__(self) -> None:
         common.require(self.model or self.mini or self.report,
                        "give --model, the folder of SmolLM2-135M-Instruct")
         common.require(set(self.methods) <= set(METHODS),
                        f"--methods: choose from {', '.join(METHODS)}")
+        common.require(self.jobs > 0 and min(self.steps) >= 0 and min(self.lr) > 0,
+                       "--jobs and --lr must be above 0, --steps 0 or more")
         if self.mini:
-            self.methods, self.jobs = ["filter", "dt_word_2"], 1
+            self.out, self.methods, self.jobs = f"{self.out}/mini", ["filter", "dt_word_2"], 1
             self.steps, self.lr = [0, 2], [1e-4]
 
 
@@ -133,20 +134,20 @@ def shared_flags(cfg: Config) -> dict:
 
 
 def write_replies(cfg: Config) -> None:
-    """The base policy's replies to the training prompts (of which a share of 1e-9, none, is held
-    out), with their rewards; a folder of them beside the prompts of tuning and test."""
+    """Writes data/train.jsonl, the base policy's replies to the training prompts with their
+    rewards, and data/test.jsonl, the tuning and test prompts."""
     out = Path(cfg.out)
     lines = {split: [json.dumps({"prompt": prompt}) for prompt in prompts]
              for split, prompts in split_prompts(cfg).items()}
     common.write_beside(out / "prompts.jsonl", lines["train"])
     own = common.Config(**shared_flags(cfg), samples=str(out / "prompts.jsonl"), eval_prompts=0,
-                        samples_per_prompt=3 if cfg.mini else 20, held_out=1e-9,
+                        samples_per_prompt=3 if cfg.mini else 20, held_out=1e-9,  # none
                         out=str(out / "replies"))
     base = common.base_policy(own)
     data = common.read_data(own, base)
     rm = reward_model.for_run(own, base, data)
     common.build_stages(own, common.labelled_samples(own, base, data, rm))
-    samples = (out / "replies" / "samples.jsonl").read_text().splitlines()
+    samples = (out / "replies" / "samples.jsonl").read_text().split("\n")[:-1]
     common.write_beside(out / "data" / "train.jsonl", samples)
     common.write_beside(out / "data" / "test.jsonl", lines["tuning"] + lines["test"])
 
@@ -191,9 +192,9 @@ def replies_to(prompts: list, folder: Path) -> dict[str, list[dict]]:
             for file in (folder / "evaluation").glob("*.jsonl") if file.stem != "base"}
 
 
-def measured(replies: dict[str, list[dict]], folder: Path) -> dict:
+def scores(replies: dict[str, list[dict]], folder: Path) -> dict:
     """What a run's replies show, DT's with its slope."""
-    if len(replies) == 1:
+    if len(replies) == 1:  # no DT, which answers to each target
         only, = replies.values()
         return summary(only)
     target = {entry["variant"]: entry["target"]
@@ -204,26 +205,26 @@ def measured(replies: dict[str, list[dict]], folder: Path) -> dict:
             "guided": summary(replies["dt_target_q95_guidance_0.5"])}
 
 
-def evaluated(cell: Cell, cfg: Config) -> dict:
-    """A row: what a cell's policy says to the test prompts, and what decides about its learning
-    rate, by the tuning prompts."""
+def row_of(cell: Cell, cfg: Config) -> dict:
+    """A row: the scores on the test prompts and, as "tuning", the score on the tuning prompts by
+    which to choose the learning rate."""
     folder, prompts = cell.folder(cfg), split_prompts(cfg)
-    tuning, test = (measured(replies_to(prompts[split], folder), folder)
+    tuning, test = (scores(replies_to(prompts[split], folder), folder)
                     for split in ("tuning", "test"))
-    return {**cell._asdict(), **machine(), "tuning": tuning.get("slope", tuning["sentiment"]),
-            **test}
+    return {**cell._asdict(), **machine(), "threads": 1,
+            "tuning": tuning.get("slope", tuning["sentiment"]), **test}
 
 
 def best_of_n(cfg: Config) -> list[dict]:
     """A row for the base policy and for the best of 4 and 16 of its replies to each test prompt."""
     prompts = split_prompts(cfg)["test"]
-    own = common.Config(**shared_flags(cfg), samples=cfg.out)
+    own = common.Config(**shared_flags(cfg), samples=cfg.out)  # which wants data; none is read
     codec = common.Codec(cfg.model, own)
     model = common.load_model(cfg.model, common.compute_dtype(own))
     drawn = []  # 16 replies to every prompt
     for seed in range(16):
         replies = common.sample(model, [codec.prompt(prompt) for prompt in prompts], own,
-                                2_000_003 + seed, codec.stop_ids, common.Cost(), 1.0)
+                                2_000_003 + seed, codec.stop_ids, common.Cost(), temperature=1.0)
         gold = REWARD[cfg.mini]([], [codec.decode(reply) for reply in replies])
         drawn.append([{"prompt": prompt, "gold": score, "tokens": len(reply.ids),
                        "base_log_prob": sum(reply.log_probs)}
@@ -235,17 +236,17 @@ def best_of_n(cfg: Config) -> list[dict]:
     return rows
 
 
-def finished(cfg: Config) -> list[dict]:
+def rows_so_far(cfg: Config) -> list[dict]:
     """The rows of rows.jsonl."""
     return read_rows(Path(cfg.out, "rows.jsonl"))
 
 
 def run(cells: list[Cell], cfg: Config) -> None:
     """Trains and evaluates the cells that have no row yet, and then drops their weights."""
-    done = {tuple(row[name] for name in Cell._fields) for row in finished(cfg)}
-    missing = [cell for cell in cells if cell not in done]
+    done = {tuple(row[name] for name in Cell._fields) for row in rows_so_far(cfg)}
+    missing = [cell for cell in dict.fromkeys(cells) if cell not in done]
     for cell in train_each(train, missing, cfg):
-        row = evaluated(cell, cfg)
+        row = row_of(cell, cfg)
         append_rows(Path(cfg.out, "rows.jsonl"), [row])
         for weights in cell.folder(cfg).glob("*/*.safetensors"):
             weights.unlink()  # half a gigabyte, which nothing reads again
@@ -254,8 +255,8 @@ def run(cells: list[Cell], cfg: Config) -> None:
 
 
 def cells_to_train(cfg: Config) -> list[Cell]:
-    """Each method at each step count and learning rate, those with few steps first.  What steps do
-    not change, an untrained DT, is evaluated once for each format of the tag."""
+    """Each method at each step count and learning rate, those with few steps first.  Untrained,
+    emphasis changes nothing: dt_word_0 stands for dt_word_4."""
     trained = [Cell(method, steps, lr) for steps in sorted(cfg.steps) if steps
                for method in cfg.methods for lr in cfg.lr]
     formats = {method[:-1] + "0" for method in cfg.methods if method.startswith("dt")}
@@ -273,35 +274,34 @@ def table(rows: list[dict]) -> str:
             "steps": row["steps"], "method": row["method"], "lr": f"{row['lr']:g}",
             "tuning": shown(row.get("tuning")), "slope": shown(row.get("slope")),
             "sentiment": shown(row["sentiment"]), "perplexity": f"{row['perplexity']:.1f}",
-            "guided": shown(guided.get("sentiment")),
-            "its perplexity": f"{guided['perplexity']:.1f}" if guided else ""})
+            "guided: sentiment": shown(guided.get("sentiment")),
+            "guided: perplexity": f"{guided['perplexity']:.1f}" if guided else "",
+            "commit": row["commit"]})
     return markdown(lines)
 
 
-def measure(cfg: Config) -> None:
+def run_all(cfg: Config) -> None:
     """Everything before the table, as far as it is missing."""
     REWARD[cfg.mini]([], [])  # if VADER is missing, now is the time to say so
     torch.set_num_threads(cfg.jobs)
     if cfg.mini:
-        text = " ".join(MINI_WORDS * 9)
+        text = " ".join((GOOD + BAD) * 9)
         cfg.model = tiny_base(f"{cfg.out}/tiny", [text], template="{% for m in messages %}"
                               "{{ m['content'] + eos_token }}{% endfor %}").path
     if not Path(cfg.out, "data", "test.jsonl").exists():
         write_replies(cfg)
     run(cells_to_train(cfg), cfg)
-    if not any(row["method"] == "base" for row in finished(cfg)):
+    if not any(row["method"] == "base" for row in rows_so_far(cfg)):
         append_rows(Path(cfg.out, "rows.jsonl"), best_of_n(cfg))
 
 
 def main(cfg: Config) -> None:
     """Runs what is missing; prints the table."""
     if not cfg.report:
-        measure(cfg)
-    rows = finished(cfg)
+        run_all(cfg)
+    rows = rows_so_far(cfg)
     common.require(rows, f"{cfg.out}: no row yet")
-    print(f"\n{rows[-1]['date']}, commit {rows[-1]['commit']}, {rows[-1]['cpu']}; "
-          f"{BATCH_SIZE} sequences a step; mean ± half of the 95 % interval over prompts\n")
-    print(table(rows))
+    print("\nmean ± half of the 95 % interval over prompts\n\n" + table(rows))
 
 
 if __name__ == "__main__":
