@@ -531,7 +531,7 @@ def test_dt_writes_the_same_tag_in_training_and_in_sampling_and_learns_the_respo
         assert ids[~mask].tolist() == (
             codec.prompt(f"Human: {i}") + dt.ask_for(f"{z}", samples, codec, cfg).tag_ids)
     ids, mask, *_ = trained.example(0)
-    assert codec.tokenizer.decode(ids[~mask]) == "Human: 0 1", "-1.34: 3 half steps below 4"
+    assert codec.tokenizer.decode(ids[~mask]) == "Human: 0 1", "-1.34: 3 half steps to 4"
     assert codec.tokenizer.decode(ids[mask]) == " reply 0" + codec.tokenizer.eos_token
 
 
