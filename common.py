@@ -980,6 +980,8 @@ def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
         prompt = before or prompt
         response = last["content"]
         replied = last["role"] == "assistant"
+        if unread := last.keys() - {"role", "content"}:
+            print_once(f"  a reply's content alone is read, not its {', '.join(sorted(unread))}")
     elif prompt is None:
         start, turn, response = answer.rpartition(TURN)
         require(start.strip(), "without 'prompt', 'chosen' and 'rejected' must be transcripts: a "
@@ -1090,9 +1092,12 @@ def read_data(cfg: Config, base: Stage) -> Data:
     rng.shuffle(test)
     prompts = distinct_prompts(train_samples if cfg.samples else train)
     held_out = distinct_prompts(test + test_samples)
+    if test_samples:
+        rng.shuffle(held_out)  # else the first file's are all that is evaluated
     require(prompts, "no prompt is left to train on: give more data, or a smaller --held_out")
-    require(held_out or not cfg.eval_prompts, "too few prompts to hold any out: give more data, a "
-            "larger --held_out, or --eval_prompts 0")
+    require(held_out or not cfg.eval_prompts, "no prompt is held out: there are too few, or they "
+            "are another run's samples.jsonl, which left its own out; give more data, another "
+            "--seed, a larger --held_out, or --eval_prompts 0")
     counts = {"prompts": (prompts, held_out), "preferences": (train, test),
               "samples": (train_samples, test_samples)}
     print0("  to train on and held out: " + ", ".join(
@@ -1765,8 +1770,10 @@ def save_folder(folder: Path, model: Any, codec: Codec, cfg: Config, card: str) 
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.eos_token_id = codec.stop_ids  # all that end a response
-            if generation.temperature not in (None, 1.0):
-                generation.do_sample = True  # transformers refuses a temperature without
+            try:
+                generation.validate(strict=True)
+            except ValueError:
+                generation.do_sample = True  # transformers saves no temperature or top_p without
         model.to(compute_dtype(cfg)).save_pretrained(folder)
         codec.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -2296,7 +2303,7 @@ def label(cfg: Config, base: Stage, data: Data, rm: Optional[Stage], work: Path,
     model = None  # loaded when something is to be generated
     done = gather(cut_to_whole_chunks(work) if rank() == 0 else 0)[0]
     if done:
-        print0(f"  {done:,} samples already labelled; resuming")
+        print0(f"  {done:,} samples already labelled, at a cost that is not counted; resuming")
     generated = sum(row.response is None for row in rows[:done])  # so many seeds were used
     for start in progress(range(done, len(rows), LABELLED_TOGETHER), "labelling"):
         chunk = rows[start:start + LABELLED_TOGETHER]
@@ -2454,6 +2461,9 @@ def evaluate(cfg: Config, policy: Stage, variants: list[Variant], base: Stage, d
     comparable = fingerprint([origin, list(map(prompt_key, prompts)), cfg.eval_temperature,
                               cfg.max_response_tokens])
     reference, model = (load_model(s.path, compute_dtype(cfg)) for s in (base, policy))
+    if not is_packed(model) and any(variant.guidance for variant in variants):
+        print0("  a padded model cannot be guided: evaluated without")
+        variants = [variant for variant in variants if not variant.guidance]
     codec = Codec(base.path, cfg)  # the base's: a policy's template may add a tag
     ask = functools.partial(answer, cfg, codec, prompts, reference, samples.load(),
                             rm and rm.load(), judge and judge.load())
@@ -2605,7 +2615,7 @@ class TrainingRun:
         if rank() == 0 and self.cfg.report_to == "wandb":
             import wandb
             run = wandb.init(project="offline-rlhf", name=f"{Path(self.cfg.out).name}/{name}",
-                             config=asdict(self.cfg))
+                             config=asdict(self.cfg), reinit="finish_previous")
             return lambda line: run.log(line, step=line["step"])
         return lambda line: None
 

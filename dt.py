@@ -30,7 +30,7 @@ from common import Cost, Examples, Samples, Stage, Variant, flag, print0
 @dataclass
 class Config(common.Config):
     """The algorithm's own flags."""
-    target: list[str] = flag(["q5", "q50", "q99"], "z or quantiles; the last is saved as default")
+    target: list[str] = flag(["q5", "q50", "q99"], "z or quantiles; training saves the last one")
     guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
     emphasis: float = flag(4.0, "draws by 1 + |z|^emphasis, with repeats; 0: each once an epoch")
@@ -103,7 +103,7 @@ def prepare(samples: Samples, codec: common.Codec, cfg: Config) -> Examples:
 
     def tag(i: int, epoch: int) -> list[int]:
         # drawn by example and epoch alone: the same on any number of ranks, and after a resume
-        rng = np.random.Generator(np.random.Philox(key=[cfg.seed, i], counter=epoch))
+        rng = np.random.default_rng((cfg.seed, epoch, i, 2))  # not sample()'s
         return [] if rng.random() < cfg.condition_dropout else ids[tags[i]]
 
     def draw(epoch: int) -> np.ndarray:

@@ -175,7 +175,10 @@ def score(rm: torch.nn.Module, codec: common.Codec, cfg: common.Config, prompts:
     """Raw scores, in the responses' order on every rank; none depends on its batch.  `generated`:
     which responses a policy wrote after the generation prompt; omitted: none."""
     generated = generated or [False] * len(prompts)
-    sequences = list(map(codec.scored, prompts, responses, truncated, generated))
+    try:
+        sequences = list(map(codec.scored, prompts, responses, truncated, generated))
+    except common.LeftOut as problem:
+        raise common.BadInput(f"{codec.folder}: cannot score samples {problem}") from problem
     padded = common.is_padded(getattr(rm, "module", rm).model)
     budget = common.FORWARD_ONLY * cfg.micro_batch_tokens
     groups = common.shard_micro_batches([len(ids) for ids in sequences], budget, padded)
@@ -191,11 +194,12 @@ def load_scorer(cfg: common.Config, folder: str) -> Callable:
     model = load_classifier(folder, common.compute_dtype(cfg), common.device())
     codec = common.Codec(folder, cfg)
     base = common.Codec(cfg.model or folder, cfg)
-    if not knows_tokens(base, codec):
+    same_template = codec.tokenizer.chat_template == base.tokenizer.chat_template
+    if not (same_template and knows_tokens(base, codec)):
         # the limits count the base policy's tokens
         codec.cfg = replace(cfg, max_prompt_tokens=2**31, max_response_tokens=2**31)
     scorer = functools.partial(score, RewardModel(model, cfg), codec, cfg)
-    if codec.tokenizer.chat_template != base.tokenizer.chat_template:
+    if not same_template:
         return lambda *args, generated=None: scorer(*args)  # none continues the base's template
     return scorer
 
@@ -253,7 +257,8 @@ def for_run(cfg: common.Config, base: Stage, data: Data) -> Optional[Stage]:
         cfg = Config(**values)
     flags = cfg.training_flags()
     print0("reward model: " + ", ".join(f"{name} {value}" for name, value in flags.items()))
-    return Stage(str(folder), {**common.data_settings(cfg), **flags, "base": base.fingerprint},
+    return Stage(str(folder), {**common.data_settings(cfg), **flags, "base": base.fingerprint,
+                               "pairs": len(data.preferences)},  # --samples may hold some out
                  functools.partial(train, cfg, base, data),
                  functools.partial(load_scorer, cfg, str(folder)))
 
