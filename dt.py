@@ -34,8 +34,8 @@ class Config(common.Config):
     guidance: list[float] = flag([0.5], "also evaluate the last target at these guidance scales")
     condition_dropout: float = flag(0.1, "share of examples without the tag; guidance needs some")
     emphasis: float = flag(4.0, "draws by 1 + |z|^emphasis, with repeats; 0: each once an epoch")
-    reward_format: Literal["digit", "word", "decimal"] = flag(
-        "digit", "digit ` 4` for z = 0, ` 6` for 1; word ` good`; decimal ` <rm_score>: 1.52 `")
+    reward_format: Literal["word", "digit", "decimal"] = flag(
+        "word", "word ` good`; digit ` 4` for z = 0, ` 6` for 1; decimal ` <rm_score>: 1.52 `")
     evaluation_flags = ("target", "guidance")
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Config(common.Config):
                            f"--target takes z between -4 and 4, or q0 to q100, not {target!r}")
 
 
-TOY = {"lr": 5e-3, "steps": 600}  # defaults in the toy world
+TOY = {"lr": 5e-3, "steps": 600, "reward_format": "digit"}  # defaults in the toy world
 
 
 @common.compiled

@@ -110,8 +110,8 @@ METHODS = {
     "filter_5": ["mle_filter.py", "--keep", 0.05],
     "filter_20": ["mle_filter.py", "--keep", 0.2],
     "rwr": ["rwr.py"],
-    "dt": ["dt.py", "--emphasis", 0],
-    "dt_emphasis": ["dt.py", "--emphasis", 4],
+    "dt": ["dt.py", "--reward_format", "digit", "--emphasis", 0],
+    "dt_emphasis": ["dt.py", "--reward_format", "digit", "--emphasis", 4],
     "ppo": ["ppo_baseline.py", "--rollout_batch_size", 128, "--ppo_epochs", 4, "--kl_coef", 0,
             "--critic_lr", 2e-3]}
 GUIDANCE = 0.5
