@@ -980,8 +980,9 @@ def last_turn(prompt: Any, answer: Any) -> tuple[Any, str]:
         prompt = before or prompt
         response = last["content"]
         replied = last["role"] == "assistant"
-        if unread := last.keys() - {"role", "content"}:
-            print_once(f"  a reply's content alone is read, not its {', '.join(sorted(unread))}")
+        unread = sorted(k for k, v in last.items() if v and k not in ("role", "content"))
+        if unread:  # datasets fills what a message lacks with None
+            print_once(f"  a reply's content alone is read, not its {', '.join(unread)}")
     elif prompt is None:
         start, turn, response = answer.rpartition(TURN)
         require(start.strip(), "without 'prompt', 'chosen' and 'rejected' must be transcripts: a "
